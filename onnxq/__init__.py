@@ -1,1 +1,67 @@
-"""onnxq rewrites an ONNX model into parallel integer-weight basis nodes summed by Add nodes."""
+"""onnxq rewrites an ONNX model into parallel integer-weight basis nodes summed by Add nodes.
+
+Names are imported when first used, so that `onnxq.kernels_ref` needs numpy alone.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxq.api import Result, quantize
+    from onnxq.comparison import Comparison, compare
+    from onnxq.errors import (
+        CalibrationError,
+        ConfigError,
+        ModelError,
+        OnnxqError,
+        PassError,
+        ValidationError,
+    )
+    from onnxq.inspection import Inspection, inspect
+    from onnxq.plan import NodePlan, Plan
+    from onnxq.report import Report
+
+__version__ = version("onnxq")
+
+_HOME = {
+    "CalibrationError": "errors",
+    "Comparison": "comparison",
+    "ConfigError": "errors",
+    "Inspection": "inspection",
+    "ModelError": "errors",
+    "NodePlan": "plan",
+    "OnnxqError": "errors",
+    "PassError": "errors",
+    "Plan": "plan",
+    "Report": "report",
+    "Result": "api",
+    "ValidationError": "errors",
+    "compare": "comparison",
+    "inspect": "inspection",
+    "quantize": "api",
+}
+
+__all__ = [
+    "CalibrationError",
+    "Comparison",
+    "ConfigError",
+    "Inspection",
+    "ModelError",
+    "NodePlan",
+    "OnnxqError",
+    "PassError",
+    "Plan",
+    "Report",
+    "Result",
+    "ValidationError",
+    "compare",
+    "inspect",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'onnxq' has no attribute {name!r}")
+    return getattr(import_module(f"onnxq.{_HOME[name]}"), name)

@@ -1,0 +1,33 @@
+"""The boundary between model files and the working graph.
+
+model = load("model.onnx")      # nothing of the file is lost
+...                             # passes edit model.graph
+save(model, "out.onnx")         # all or nothing
+"""
+
+from onnxq.model.boundary import constant
+from onnxq.model.opset import raise_opset
+from onnxq.model.read import load
+from onnxq.model.types import (
+    Model,
+    get_metadata,
+    graphs,
+    is_constant,
+    set_metadata,
+    values,
+)
+from onnxq.model.write import save, to_proto
+
+__all__ = [
+    "Model",
+    "constant",
+    "get_metadata",
+    "graphs",
+    "is_constant",
+    "load",
+    "raise_opset",
+    "save",
+    "set_metadata",
+    "to_proto",
+    "values",
+]

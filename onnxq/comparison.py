@@ -1,0 +1,186 @@
+"""A quantized model against its float model: errors per output, accuracy, size, latency."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from pydantic import BaseModel, ConfigDict
+
+from onnxq.errors import ConfigError, ValidationError
+from onnxq.feeds import Feed, Samples, choose_samples
+from onnxq.files import model_bytes
+from onnxq.kernels_ref import ErrorSums
+from onnxq.session import open_session, run
+
+Array = npt.NDArray[Any]
+ModelSource = str | Path | bytes
+
+_LATENCY_RUNS = 30
+_LATENCY_SECONDS = 4.0
+
+
+class _Report(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class OutputError(_Report):
+    """Error measures of one output, over all samples; of the quantized model against the float.
+
+    `cosine` is the mean over samples; `top1_agreement` is there for outputs [batch, classes].
+    """
+
+    name: str
+    sqnr_db: float
+    mae: float
+    max_abs_error: float
+    relative_error: float
+    cosine: float
+    top1_agreement: float | None
+
+
+class Comparison(_Report):
+    """What `compare` found. Ratios are quantized / float."""
+
+    samples: int
+    made_up_inputs: bool
+    outputs: tuple[OutputError, ...]
+    float_accuracy: float | None = None
+    quantized_accuracy: float | None = None
+    size_ratio: float
+    latency_ratio: float | None = None
+    threads: int | None = None
+
+
+def compare(
+    float_model: str | Path,
+    quantized_model: str | Path,
+    *,
+    data: str | Path | Mapping[str, Array] | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    latency: bool = True,
+    threads: int | None = None,
+) -> Comparison:
+    """Run both models on the same inputs and measure.
+
+    Args:
+        float_model, quantized_model: paths.
+        data: samples, an .npz or a mapping input name -> array; without it, seeded inputs.
+        input_shapes: shapes for the seeded inputs.
+        latency: also time both, interleaved, on the first sample; the ratio of the medians.
+        threads: intra-op threads of both sessions; onnxruntime's default if not given.
+
+    Raises:
+        ConfigError: a file is missing, or the data do not fit.
+        ValidationError: a model does not load or run, or the outputs differ in number or shape, or
+            the quantized ones are not finite.
+    """
+    for path in (float_model, quantized_model):
+        if not Path(path).is_file():
+            raise ConfigError(f"model {path}: no such file")
+    reference = open_session(float_model, threads=threads)
+    actual = open_session(quantized_model, threads=threads)
+    samples = choose_samples(reference, data, input_shapes or {})
+    result = compare_sessions(reference, actual, samples)
+    sizes = model_bytes(Path(float_model)), model_bytes(Path(quantized_model))
+    update: dict[str, Any] = {"size_ratio": sizes[1] / sizes[0], "threads": threads}
+    if latency:
+        update["latency_ratio"] = _latency_ratio(reference, actual, next(iter(samples)))
+    return result.model_copy(update=update)
+
+
+def compare_sessions(
+    reference: ort.InferenceSession, actual: ort.InferenceSession, samples: Samples
+) -> Comparison:
+    """The error part of `compare`; size_ratio is left at 1.
+
+    Raises: as `compare`.
+    """
+    names = [output.name for output in reference.get_outputs()]
+    if names != [output.name for output in actual.get_outputs()]:
+        raise ValidationError("the two models have different outputs: they are no pair")
+    sums, hits = _measure(reference, actual, samples, names)
+    accuracy = (
+        (None, None) if samples.label is None else tuple(hit / len(samples) for hit in hits)
+    )
+    return Comparison(
+        samples=len(samples),
+        made_up_inputs=samples.made_up,
+        outputs=tuple(_output_error(name, total) for name, total in sums.items()),
+        float_accuracy=accuracy[0],
+        quantized_accuracy=accuracy[1],
+        size_ratio=1.0,
+    )
+
+
+def _measure(
+    reference: ort.InferenceSession,
+    actual: ort.InferenceSession,
+    samples: Samples,
+    names: Sequence[str],
+) -> tuple[dict[str, ErrorSums], list[int]]:
+    sums: dict[str, ErrorSums] = {}
+    hits, seen = [0, 0], 0
+    for feed in samples:
+        wanted, got = run(reference, feed), run(actual, feed)
+        for name, r, a in zip(names, wanted, got, strict=True):
+            if isinstance(r, np.ndarray) and r.dtype.kind in "fiub" and r.size:
+                _check_output(name, r, a)
+                sums.setdefault(name, ErrorSums()).add(r, a)
+        if samples.label is not None:
+            batch = samples.label[seen : seen + len(wanted[0])]
+            seen += len(batch)
+            for i, outputs in enumerate((wanted, got)):
+                hits[i] += int(np.sum(_classes(outputs[0]) == np.ravel(batch)))
+    return sums, hits
+
+
+def _classes(output: Array) -> Array:
+    if output.ndim != 2:
+        raise ConfigError(
+            f"data: `label` needs a classifier, but the first output has shape {output.shape}"
+        )
+    return np.asarray(np.argmax(output, axis=1))
+
+
+def _check_output(name: str, reference: Array, actual: Array) -> None:
+    if reference.shape != actual.shape:
+        raise ValidationError(
+            f"output {name!r} has shape {list(actual.shape)}, the float model's "
+            f"{list(reference.shape)}"
+        )
+    if not np.isfinite(actual[np.isfinite(reference)]).all():
+        raise ValidationError(f"output {name!r} has NaN or Inf where the float model has none")
+
+
+def _output_error(name: str, sums: ErrorSums) -> OutputError:
+    return OutputError(
+        name=name,
+        sqnr_db=sums.sqnr_db,
+        mae=sums.mae,
+        max_abs_error=sums.max_abs_error,
+        relative_error=sums.relative_error,
+        cosine=sums.cosine,
+        top1_agreement=sums.top1_agreement,
+    )
+
+
+def _latency_ratio(
+    reference: ort.InferenceSession, actual: ort.InferenceSession, feed: Feed
+) -> float:
+    """Median time of `actual` over median time of `reference`, runs taken in turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for session in (reference, actual):
+        run(session, feed)  # warm-up
+    end = time.perf_counter() + _LATENCY_SECONDS
+    while len(times[0]) < _LATENCY_RUNS and (len(times[0]) < 3 or time.perf_counter() < end):
+        for session, taken in zip((reference, actual), times, strict=True):
+            start = time.perf_counter()
+            session.run(None, feed)
+            taken.append(time.perf_counter() - start)
+    return float(np.median(times[1]) / np.median(times[0]))

@@ -1,0 +1,81 @@
+"""The way of a model through the house: canonicalize, plan, expand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from onnxq.errors import ConfigError, ModelError
+from onnxq.model import Model, raise_opset
+from onnxq.passes import (
+    PIPELINE,
+    Expand,
+    GraphPass,
+    PassResult,
+    SearchScales,
+    SelectNodes,
+    required_opset,
+    signature,
+    verify,
+)
+from onnxq.plan import Plan
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A model with basis nodes, the plan that made it, and what each pass did."""
+
+    model: Model
+    plan: Plan
+    passes: Mapping[str, PassResult] = field(default_factory=dict)
+
+
+def canonicalize(model: Model) -> dict[str, PassResult]:
+    """Run the exact float folds of PIPELINE, in place, verifying after each.
+
+    Raises:
+        PassError: a pass broke the graph.
+    """
+    return {type(pass_).__name__: apply(pass_, model) for pass_ in PIPELINE}
+
+
+def apply(pass_: GraphPass, model: Model) -> PassResult:
+    """Run one pass and verify what it left.
+
+    Raises:
+        PassError: the pass broke the graph.
+    """
+    before = signature(model)
+    result = pass_(model)
+    verify(model, before, type(pass_).__name__)
+    return result
+
+
+def rewrite(model: Model, select: SelectNodes, plan: Plan | None, progress: Progress) -> Rewritten:
+    """Canonicalize, plan (or take the given plan) and expand. `model` is used up.
+
+    Raises:
+        ModelError: no node can be quantized, a weight is not finite, or the opset cannot be raised.
+        ConfigError: the plan was made for another model, or a glob matches nothing.
+    """
+    passes = canonicalize(model)
+    chosen = select(model) if plan is None else plan
+    if not chosen.quantized:
+        raise _nothing_to_do(chosen)
+    chosen = SearchScales(progress)(model, chosen)
+    model = raise_opset(model, required_opset(chosen))
+    passes["Expand"] = apply(Expand(chosen, progress), model)
+    return Rewritten(model, chosen, passes)
+
+
+def _nothing_to_do(plan: Plan) -> ModelError | ConfigError:
+    if not plan.nodes:
+        return ModelError("nothing to quantize: the model has no Conv, MatMul or Gemm")
+    reasons = sorted({node.reason for node in plan.nodes if node.reason})
+    more = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""
+    return ModelError(
+        f"nothing to quantize: all {len(plan.nodes)} candidate nodes are left alone: "
+        f"{reasons[0]}{more}; see `onnxq inspect`"
+    )

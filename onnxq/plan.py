@@ -1,0 +1,180 @@
+"""The plan: what will be done to each node, as data that a user can read, edit and apply again."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from onnxq.errors import ConfigError
+from onnxq.files import write_whole
+from onnxq.kernels_ref import PerAxis, PerBlock, PerTensor, SeriesKind
+
+FORMAT_VERSION = 1
+
+Activations = Literal["none", "dynamic"]
+Layout = Literal["parallel", "merged"]
+GranularityName = Literal["per_tensor", "per_channel", "per_block"]
+FloatArray = npt.NDArray[Any]
+
+
+class NodePlan(BaseModel):
+    """What will be done to one node, or the reason it is left alone.
+
+    Weights are seen as a matrix [output channels, inputs per output channel]; `per_channel` is one
+    scale per row, `per_block` one per `block_size` neighbours within a row.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    op_type: str
+    weight: str = ""
+    shape: tuple[int, ...] = ()
+    crc32: str = ""
+    reason: str | None = None
+    note: str | None = None
+    bits: int = Field(default=4, ge=2, le=8)
+    terms: int = Field(default=1, ge=1, le=8)
+    series: SeriesKind = "fixed_ratio"
+    granularity: GranularityName = "per_channel"
+    block_size: int | None = Field(default=None, ge=2)
+    activations: Activations = "none"
+    layout: Layout = "parallel"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NodePlan:
+        if (self.granularity == "per_block") != (self.block_size is not None):
+            raise ValueError("block_size goes with granularity per_block, and only with it")
+        if self.activations == "dynamic" and self.granularity == "per_block":
+            raise ValueError(
+                "activations dynamic needs one scale per output channel: use granularity "
+                "per_channel, or activations none"
+            )
+        if self.activations == "dynamic" and self.layout == "merged" and self.terms > 1:
+            if self.series != "digit":
+                raise ValueError("layout merged with activations dynamic needs series digit")
+            if self.terms * self.bits > 8:
+                raise ValueError(
+                    "layout merged with activations dynamic needs terms x bits <= 8, "
+                    f"got {self.terms} x {self.bits}"
+                )
+        return self
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the node will be rewritten."""
+        return self.reason is None
+
+    def matrix_granularity(self) -> PerTensor | PerAxis | PerBlock:
+        """The granularity as it applies to the weight seen as [out, in]."""
+        if self.granularity == "per_tensor":
+            return PerTensor()
+        if self.block_size is None:
+            return PerAxis(0)
+        return PerBlock(1, self.block_size)
+
+    def scales_key(self) -> str:
+        """What the scales depend on; scales made for another key are searched again."""
+        return f"{self.crc32} {self.series} {self.bits}x{self.terms} {self.granularity}" + (
+            f" {self.block_size}" if self.block_size else ""
+        )
+
+
+class Plan(BaseModel):
+    """The plans of all candidate nodes of a model, in graph order, and their scales.
+
+    `scales` maps a node's name to one float array per term: [out] per channel, [out, blocks] per
+    block, () per tensor. A node without an entry gets its scales when the plan is completed.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    format_version: Literal[1] = FORMAT_VERSION
+    model: str = ""
+    nodes: list[NodePlan]
+    scales: dict[str, tuple[FloatArray, ...]] = Field(default_factory=dict, exclude=True)
+
+    @model_validator(mode="after")
+    def _unique(self) -> Plan:
+        names = [node.name for node in self.nodes]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"node {twice[0]!r} is planned twice")
+        return self
+
+    def __getitem__(self, name: str) -> NodePlan:
+        return next(node for node in self.nodes if node.name == name)
+
+    @property
+    def quantized(self) -> list[NodePlan]:
+        """The nodes that will be rewritten."""
+        return [node for node in self.nodes if node.quantized]
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, and its scales as `<stem>.npz` beside it.
+
+        Raises:
+            ConfigError: the path cannot be written.
+        """
+        path = Path(path)
+        keys = {node.name: node.scales_key() for node in self.nodes}
+        arrays: dict[str, FloatArray] = {}
+        for name, scales in self.scales.items():
+            for i, scale in enumerate(scales):
+                arrays[f"{name}/term{i}/scale"] = scale
+            arrays[f"{name}/made_for"] = np.array(keys[name])
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **_as_kwargs(arrays))
+        write_whole(path.with_suffix(".npz"), buffer.getvalue())
+        write_whole(path, (self.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan and, where it is there, the .npz beside it.
+
+        Scales made for other settings than the JSON now states (the user edited it) are dropped.
+
+        Raises:
+            ConfigError: the file is missing, not a plan, or an entry contradicts itself.
+        """
+        path = Path(path)
+        try:
+            plan = cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"plan {path}: cannot be read ({error.strerror})") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            where = f" at {where}" if where else ""
+            message = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"plan {path}: not a valid plan{where}: {message}") from None
+        beside = path.with_suffix(".npz")
+        if beside.exists():
+            plan._read_scales(beside)
+        return plan
+
+    def _read_scales(self, path: Path) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                for node in self.nodes:
+                    made_for = arrays.get(f"{node.name}/made_for")
+                    if made_for is None or str(made_for) != node.scales_key():
+                        continue
+                    scales = [arrays[f"{node.name}/term{i}/scale"] for i in range(node.terms)]
+                    self.scales[node.name] = tuple(scales)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ConfigError(
+                f"plan scales {path}: cannot be read ({error}); delete the file to have the "
+                "scales searched again"
+            ) from None
+
+
+def _as_kwargs(arrays: Mapping[str, FloatArray]) -> dict[str, Any]:
+    return dict(arrays)

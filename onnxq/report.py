@@ -1,0 +1,96 @@
+"""What quantize has to say at the end, as data; the terminal and JSON both come from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from onnxq.comparison import Comparison
+from onnxq.passes.stored_terms import stored_bits
+from onnxq.pipeline import Rewritten
+from onnxq.plan import NodePlan, Plan
+
+FLOAT_BITS = 32
+
+
+class Report(BaseModel):
+    """The result of one `quantize`.
+
+    `weight_bits` is stored bits per parameter, scales included, over all candidate nodes that have
+    a constant weight, nodes left in float counted with 32; `comparison` is None if not validated.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    quantized: int
+    kinds: dict[str, int]
+    left_alone: dict[str, str]
+    notes: dict[str, str]
+    folded: dict[str, int]
+    size_before: int
+    size_after: int
+    weight_bits: float
+    opset_before: int
+    opset_after: int
+    comparison: Comparison | None
+    warnings: tuple[str, ...]
+
+
+def make_report(
+    rewritten: Rewritten,
+    *,
+    sizes: tuple[int, int],
+    opset_before: int,
+    comparison: Comparison | None,
+    warnings: tuple[str, ...],
+) -> Report:
+    """Put together what a run found out."""
+    plan = rewritten.plan
+    frozen = len(rewritten.passes["FreezeParameters"].rewritten)
+    if frozen:
+        warnings += (
+            f"{frozen} weights were listed as graph inputs; they are fixed constants now",
+        )
+    return Report(
+        quantized=len(plan.quantized),
+        kinds=dict(Counter(describe(node) for node in plan.quantized)),
+        left_alone={node.name: node.reason for node in plan.nodes if node.reason},
+        notes={node.name: node.note for node in plan.quantized if node.note},
+        folded={
+            name: len(result.rewritten)
+            for name, result in rewritten.passes.items()
+            if result.rewritten and name not in ("Expand", "NameNodes")
+        },
+        size_before=sizes[0],
+        size_after=sizes[1],
+        weight_bits=weight_bits(plan),
+        opset_before=opset_before,
+        opset_after=rewritten.model.opset,
+        comparison=comparison,
+        warnings=warnings,
+    )
+
+
+def describe(node: NodePlan) -> str:
+    """One node's treatment in a few words."""
+    block = f" block {node.block_size}" if node.block_size else ""
+    compute = "int8 dynamic" if node.activations == "dynamic" else "float compute"
+    terms = f"{node.terms} term{'s' if node.terms > 1 else ''} of {node.bits} bits"
+    layout = f", {node.layout}" if node.terms > 1 else ""
+    return f"{node.op_type}: {terms}{block}, {compute}{layout} ({node.series})"
+
+
+def weight_bits(plan: Plan) -> float:
+    """Stored bits per parameter over the candidate nodes with a constant weight."""
+    bits = parameters = 0.0
+    for node in plan.nodes:
+        count = float(np.prod(node.shape)) if node.shape else 0.0
+        parameters += count
+        if node.reason is not None:
+            bits += FLOAT_BITS * count
+            continue
+        scales = sum(np.size(scale) for scale in plan.scales.get(node.name, ()))
+        bits += node.terms * stored_bits(node.bits) * count + FLOAT_BITS * scales
+    return bits / parameters if parameters else 0.0

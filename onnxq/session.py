@@ -1,0 +1,84 @@
+"""Opening models in onnxruntime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from onnxq.errors import ValidationError
+
+_ERRORS_ONLY = 3
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(int16)": np.int16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input: its name, numpy dtype (None if not numeric) and dimensions (str if symbolic)."""
+
+    name: str
+    dtype: type[np.generic] | None
+    shape: tuple[int | str | None, ...]
+
+
+def open_session(
+    model: str | Path | bytes, *, threads: int | None = None, optimize: bool = True
+) -> ort.InferenceSession:
+    """A CPU session with default options, but for logging (and, if given, threads).
+
+    Raises:
+        ValidationError: onnxruntime cannot load the model; carries its first line.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many unrelated types
+        name = "the model" if isinstance(model, bytes) else str(model)
+        raise ValidationError(f"onnxruntime cannot load {name}: {first_line(error)}") from None
+
+
+def input_specs(session: ort.InferenceSession) -> list[InputSpec]:
+    """The inputs that a run has to give."""
+    return [
+        InputSpec(i.name, _DTYPES.get(i.type), tuple(d or None for d in i.shape))
+        for i in session.get_inputs()
+    ]
+
+
+def run(session: ort.InferenceSession, feed: dict[str, Any]) -> list[Any]:
+    """All outputs of one run.
+
+    Raises:
+        ValidationError: onnxruntime fails on this input; carries its first line.
+    """
+    try:
+        return list(session.run(None, feed))
+    except Exception as error:  # onnxruntime raises many unrelated types
+        raise ValidationError(f"the run fails in onnxruntime: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

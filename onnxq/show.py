@@ -1,0 +1,138 @@
+"""Terminal output of the three commands, from their results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import groupby
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from onnxq.comparison import Comparison
+from onnxq.inspection import Inspection
+from onnxq.report import Report
+
+_MIB = 2**20
+_KIB = 2**10
+
+
+def progress_bar(console: Console) -> tuple[Progress, Callable[[str, int, int], None]]:
+    """A progress display (to be entered as a context) and the callback that moves it."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+    )
+    tasks: dict[str, object] = {}
+
+    def update(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.update(tasks[what], completed=done)  # type: ignore[arg-type]
+
+    return progress, update
+
+
+def show_report(console: Console, report: Report) -> None:
+    """The summary table of `quantize`."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row("quantized", f"{report.quantized} nodes")
+    for kind, count in report.kinds.items():
+        table.add_row("", f"{count} × {kind}")
+    for reason, names in _by_reason(report.left_alone):
+        table.add_row("left alone", f"{_some(names)}: {reason}")
+    for note, names in _by_reason(report.notes):
+        table.add_row("note", f"{_some(names)}: {note}")
+    if report.folded:
+        table.add_row("folds", ", ".join(f"{name} {count}" for name, count in report.folded.items()))
+    ratio = report.size_after / report.size_before
+    table.add_row(
+        "size", f"{_bytes(report.size_before)} → {_bytes(report.size_after)} ({ratio:.3f} ×)"
+    )
+    table.add_row("weight bits", f"{report.weight_bits:.2f} per parameter (float: 32)")
+    if report.opset_after != report.opset_before:
+        table.add_row("opset", f"{report.opset_before} → {report.opset_after}")
+    console.print(table)
+    if report.comparison is not None:
+        show_comparison(console, report.comparison, with_ratios=False)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+
+
+def show_comparison(console: Console, found: Comparison, *, with_ratios: bool = True) -> None:
+    """The error table, and the ratios of `compare`."""
+    kind = "made-up samples (N(0, 1) or 0/1)" if found.made_up_inputs else "samples"
+    table = Table(title=f"error against the float model on {found.samples} {kind}")
+    table.title_justify = "left"
+    table.add_column("output", overflow="fold")
+    for name in ("sqnr_db", "mae", "max_abs_error", "cosine", "top1_agreement"):
+        table.add_column(name, justify="right")
+    for output in found.outputs:
+        table.add_row(
+            output.name,
+            "inf" if math.isinf(output.sqnr_db) else f"{output.sqnr_db:.2f}",
+            f"{output.mae:.3g}",
+            f"{output.max_abs_error:.3g}",
+            f"{output.cosine:.6f}",
+            "–" if output.top1_agreement is None else f"{output.top1_agreement:.4f}",
+        )
+    console.print(table)
+    if found.float_accuracy is not None and found.quantized_accuracy is not None:
+        console.print(
+            f"accuracy: float {found.float_accuracy:.2%}, quantized {found.quantized_accuracy:.2%}"
+        )
+    if with_ratios:
+        console.print(f"size: {found.size_ratio:.3f} × float")
+        if found.latency_ratio is not None:
+            console.print(f"latency: {found.latency_ratio:.2f} × float (median, runs in turns)")
+
+
+def show_inspection(console: Console, found: Inspection) -> None:
+    """The tables of `inspect`."""
+    console.print(f"opset {found.opset}, {found.nodes} nodes")
+    if found.quantized:
+        table = Table(title="quantized by onnxq", title_justify="left")
+        for name in ("node", "operator", "terms", "bits", "layout", "activations"):
+            table.add_column(name, overflow="fold")
+        for node in found.quantized:
+            table.add_row(
+                node.name,
+                node.op_type,
+                str(node.terms),
+                str(node.bits),
+                node.layout if node.terms > 1 else "–",
+                node.activations,
+            )
+        console.print(table)
+    if found.candidates:
+        table = Table(title="candidates", title_justify="left")
+        for name in ("node", "operator", "weight", "would be", "reason"):
+            table.add_column(name, overflow="fold")
+        for candidate in found.candidates:
+            shape = "×".join(map(str, candidate.shape)) or "–"
+            table.add_row(
+                candidate.name, candidate.op_type, shape, candidate.action, candidate.reason or ""
+            )
+        console.print(table)
+    if not found.quantized and not found.candidates:
+        console.print("no node with weights that onnxq knows")
+
+
+def _by_reason(reasons: dict[str, str]) -> list[tuple[str, list[str]]]:
+    pairs = sorted((reason, name) for name, reason in reasons.items())
+    return [(key, [n for _, n in rest]) for key, rest in groupby(pairs, key=lambda pair: pair[0])]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / _MIB:.2f} MiB" if count >= _MIB else f"{count / _KIB:.1f} KiB"

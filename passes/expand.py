@@ -1,0 +1,84 @@
+"""Graph + plan -> graph with basis nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from onnxq.model import Model, graphs
+from onnxq.passes.base import PassResult
+from onnxq.passes.edit import Builder, Names
+from onnxq.passes.lower_dynamic import lower_dynamic
+from onnxq.passes.lower_float import lower_float
+from onnxq.passes.quantize_activations import ActivationQuantizer
+from onnxq.passes.search_scales import Progress, match_plan, no_progress, node_series
+from onnxq.passes.stored_terms import PACKED_BITS, StoredTerms, stored_bits
+from onnxq.passes.weights import Weight
+from onnxq.plan import NodePlan, Plan
+
+def required_opset(plan: Plan) -> int:
+    """The lowest default-domain opset in which the plan's forms exist.
+
+    Cast and constants of INT4/UINT4: opset 21. DequantizeLinear with one scale per channel: 13.
+    Cast of int8 and Mul with broadcasting, all that 8-bit float compute needs: 7.
+    """
+    needed = 7
+    for node in plan.quantized:
+        if stored_bits(node.bits) == PACKED_BITS:
+            needed = max(needed, 21)
+        elif node.activations == "dynamic":
+            needed = max(needed, 13)
+    return needed
+
+
+@dataclass(frozen=True)
+class Expand:
+    """Decompose each planned node into basis nodes summed by Add nodes.
+
+    Given:   Conv | MatMul | Gemm with a constant weight, and its NodePlan with scales
+    Result:  one basis node per term (parallel) or one node with the summed terms (merged)
+    """
+
+    plan: Plan
+    progress: Progress = no_progress
+
+    def __call__(self, model: Model) -> PassResult:
+        """Rewrite `model` in place; its opset must be at least `required_opset(plan)`.
+
+        Raises:
+            ConfigError: the plan was made for another model.
+        """
+        weights = match_plan(model, self.plan)
+        names = Names(model)
+        stored: dict[tuple[int, str, str], StoredTerms] = {}
+        todo = {node.name: node for node in self.plan.quantized}
+        done: list[str] = []
+        for _, graph in graphs(model):
+            quantizer = ActivationQuantizer()
+            for node in [n for n in graph.nodes if n.name in todo]:
+                self.progress("expanding", len(done), len(todo))
+                entry, weight = todo[node.name], weights[node.name]
+                terms = self._stored(stored, weight, entry)
+                builder = Builder(graph, node, names, "expand")
+                if entry.activations == "dynamic":
+                    lower_dynamic(graph, node, terms, entry, builder, quantizer)
+                else:
+                    lower_float(graph, node, terms, entry, builder)
+                done.append(entry.name)
+        self.progress("expanding", len(todo), len(todo))
+        return PassResult(
+            tuple(done),
+            {node.name: node.reason for node in self.plan.nodes if node.reason},
+        )
+
+    def _stored(
+        self, stored: dict[tuple[int, str, str], StoredTerms], weight: Weight, entry: NodePlan
+    ) -> StoredTerms:
+        """The terms of a weight, made once per way in which they are stored."""
+        key: tuple[int, str, str] = (
+            id(weight.tensor),
+            entry.scales_key(),
+            f"{entry.op_type} {entry.activations} {entry.layout}",
+        )
+        if key not in stored:
+            series = node_series(weight, entry, self.plan)
+            stored[key] = StoredTerms(weight, entry, series)
+        return stored[key]

@@ -1,0 +1,203 @@
+"""How the integer tensor of a term is stored in the file, and brought to the type that computes.
+
+Everything from the stored constant to the returned tensor depends on constants alone, so
+onnxruntime computes it once, when it loads the model under default session options.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+from onnxq.kernels_ref import Series, Term
+from onnxq.passes.edit import Builder
+from onnxq.passes.weights import Weight
+from onnxq.plan import NodePlan
+
+Array = npt.NDArray[Any]
+
+PACKED_BITS = 4
+
+
+def stored_bits(bits: int) -> int:
+    """Bits that one value of a term takes in the file."""
+    return PACKED_BITS if bits <= PACKED_BITS else 8
+
+
+@dataclass(eq=False)
+class StoredTerms:
+    """The constants of one weight's terms; several nodes that share the weight share them."""
+
+    weight: Weight
+    plan: NodePlan
+    series: Series
+    constants: dict[str, Any] = field(default_factory=dict)
+    derived: dict[tuple[int, str], Any] = field(default_factory=dict)
+
+    def float_weight(self, builder: Builder, indices: tuple[int, ...]) -> Any:
+        """The float weight Σ scale·q over the named terms, in the weight's own shape.
+
+        Cast → Mul (→ Reshape) is the form that onnxruntime folds for Conv; DequantizeLinear would
+        run again at every inference.
+        """
+        key = (id(builder.graph), f"float {indices}")
+        if key not in self.derived:
+            self.derived[key] = self._float_weight(builder, indices)
+        return self.derived[key]
+
+    def _float_weight(self, builder: Builder, indices: tuple[int, ...]) -> Any:
+        parts = [self._float_term(builder, i) for i in indices]
+        total = parts[0]
+        for i, part in zip(indices[1:], parts[1:], strict=True):
+            total = builder.add("Add", f"{self._base(i)}/merged", [total, part])
+        return total if self.plan.block_size is None else self._unblock(builder, total)
+
+    def _float_term(self, builder: Builder, i: int) -> Any:
+        term, base = self.series.terms[i], self._base(i)
+        q = self._constant(f"{base}/q", builder, lambda: self._stored_q(term), _signed_type(term))
+        scale = self._constant(f"{base}/scale", builder, lambda: self._stored_scale(term))
+        as_float = builder.add("Cast", f"{base}/cast", [q], attrs={"to": TensorProto.FLOAT})
+        return builder.add("Mul", f"{base}/dequantized", [as_float, scale])
+
+    def _unblock(self, builder: Builder, blocked: Any) -> Any:
+        """From [out, blocks, block] (or [in blocks, block, out]) to the weight's shape."""
+        base, shape = self.weight.tensor.name, self.weight.shape
+        inputs = self.series.terms[0].q.shape[1]
+        assert self.plan.block_size is not None
+        padded = -(-inputs // self.plan.block_size) * self.plan.block_size
+        if padded != inputs:
+            axis = len(shape) - 2 if self.weight.out_last else 1
+            flat = (*shape[:-2], padded, shape[-1]) if self.weight.out_last else (shape[0], padded)
+            whole = self._reshape(builder, blocked, flat, f"{base}/padded")
+            ends = [np.array([v], np.int64) for v in (0, inputs, axis)]
+            named = [
+                self._constant(f"{base}/{what}", builder, partial(np.copy, end))
+                for what, end in zip(("slice_start", "slice_end", "slice_axis"), ends, strict=True)
+            ]
+            blocked = builder.add("Slice", f"{base}/unpadded", [whole, *named])
+            if self.weight.out_last:
+                return blocked
+        return self._reshape(builder, blocked, shape, f"{base}/reshaped")
+
+    def _reshape(self, builder: Builder, tensor: Any, shape: tuple[int, ...], name: str) -> Any:
+        target = self._constant(f"{name}/shape", builder, lambda: np.array(shape, np.int64))
+        return builder.add("Reshape", name, [tensor, target])
+
+    def integer_weight(
+        self, builder: Builder, indices: tuple[int, ...], *, signed: bool, zero_point: int
+    ) -> Any:
+        """The int8 or uint8 weight Σ 2^(X·j)·q over the named terms, plus `zero_point`.
+
+        One index gives the term itself; several give a digit series summed as one integer.
+        """
+        to = TensorProto.INT8 if signed else TensorProto.UINT8
+        key = (id(builder.graph), f"{to} {indices}")
+        if key not in self.derived:
+            if len(indices) == 1:
+                made = self._one_integer(builder, indices[0], to, zero_point)
+            else:
+                made = self._summed_digits(builder, indices, to, zero_point)
+            self.derived[key] = made
+        return self.derived[key]
+
+    def _summed_digits(
+        self, builder: Builder, indices: tuple[int, ...], to: int, zero_point: int
+    ) -> Any:
+        base = self.weight.tensor.name
+        total = None
+        for i in indices:
+            q = self._constant(
+                f"{self._base(i)}/q", builder, partial(self._plain_q, i), _signed_type(self.series.terms[i])
+            )
+            part = builder.add("Cast", f"{self._base(i)}/int", [q], attrs={"to": TensorProto.INT32})
+            if total is not None:
+                part = builder.add("Add", f"{self._base(i)}/added", [total, part])
+            if i != indices[-1]:
+                radix = self._constant(
+                    f"{base}/radix", builder, lambda: np.array(2**self.plan.bits, np.int32)
+                )
+                part = builder.add("Mul", f"{self._base(i)}/shifted", [part, radix])
+            total = part
+        if zero_point:
+            offset = self._constant(
+                f"{base}/offset", builder, lambda: np.array(zero_point, np.int32)
+            )
+            total = builder.add("Add", f"{base}/positive", [total, offset])
+        return builder.add("Cast", f"{base}/integer", [total], attrs={"to": to})
+
+    def _one_integer(self, builder: Builder, i: int, to: int, zero_point: int) -> Any:
+        bits, base = self.series.terms[i].bits, self._base(i)
+        packed = stored_bits(bits) == PACKED_BITS
+        if to == TensorProto.INT8:
+            stored_type = TensorProto.INT4 if packed else TensorProto.INT8
+        else:
+            stored_type = TensorProto.UINT4 if packed else TensorProto.UINT8
+        dtype = np.int8 if to == TensorProto.INT8 else np.uint8
+        q = self._constant(
+            f"{base}/q",
+            builder,
+            lambda: (self._plain_q(i).astype(np.int16) + zero_point).astype(dtype),
+            stored_type,
+        )
+        return builder.add("Cast", f"{base}/integer", [q], attrs={"to": to}) if packed else q
+
+    def channel_scale(self, builder: Builder, i: int, factor: float, shape: tuple[int, ...]) -> Any:
+        """The term's scale per output channel, times `factor`, in `shape`."""
+        scale = np.asarray(self.series.terms[i].scale, np.float32)
+        full = np.broadcast_to(scale, (self.series.terms[i].q.shape[0],)) * np.float32(factor)
+        return self._constant(
+            f"{self._base(i)}/scale", builder, lambda: full.astype(np.float32).reshape(shape)
+        )
+
+    def _base(self, i: int) -> str:
+        return f"{self.weight.tensor.name}/term{i}"
+
+    def _constant(self, name: str, builder: Builder, make: Any, data_type: int | None = None) -> Any:
+        if name not in self.constants:
+            self.constants[name] = builder.constant(name, make(), data_type)
+        return self.constants[name]
+
+    def _plain_q(self, i: int) -> Array:
+        return self.weight.from_matrix(self.series.terms[i].q)
+
+    def _stored_q(self, term: Term) -> Array:
+        if self.plan.block_size is None:
+            return self.weight.from_matrix(term.q)
+        out, inputs = term.q.shape
+        blocks = -(-inputs // self.plan.block_size)
+        padded = np.zeros((out, blocks * self.plan.block_size), np.int8)
+        padded[:, :inputs] = term.q
+        return self._turn(padded.reshape(out, blocks, self.plan.block_size))
+
+    def _stored_scale(self, term: Term) -> Array:
+        scale = np.asarray(term.scale, np.float32)
+        if self.plan.block_size is None:
+            full = np.broadcast_to(scale, (term.q.shape[0],)) if scale.ndim == 0 else scale
+            return full.reshape(self.weight.channel_shape())
+        return self._turn(scale[:, :, None])
+
+    def _turn(self, blocked: Array) -> Array:
+        """[out, blocks, k] in the order of the weight: out first, or [..., blocks, k, out]."""
+        if not self.weight.out_last:
+            return blocked
+        shape = self.weight.shape
+        lead = shape[:-2]
+        split = blocked.reshape(*lead, shape[-1], *blocked.shape[1:])
+        return np.ascontiguousarray(np.moveaxis(split, len(lead), -1))
+
+
+def term_bytes(term: Term) -> int:
+    """Bytes that a term takes in the file: packed integers and float32 scales."""
+    count = math.prod(term.q.shape)
+    return math.ceil(count * stored_bits(term.bits) / 8) + 4 * int(np.size(term.scale))
+
+
+def _signed_type(term: Term) -> int:
+    return TensorProto.INT4 if stored_bits(term.bits) == PACKED_BITS else TensorProto.INT8
+

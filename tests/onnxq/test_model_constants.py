@@ -1,0 +1,184 @@
+"""Constants: made, packed, read, and told apart from overridable inputs."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+from onnx import TensorProto, parser
+from onnx import helper as oh
+from onnx import numpy_helper as nh
+
+from onnxq.errors import ModelError
+from onnxq.model import constant, is_constant, load, to_proto, values
+
+PACKED = {
+    name: TensorProto.DataType.Value(name)
+    for name in ("INT4", "UINT4", "INT2", "UINT2")
+    if name in TensorProto.DataType.keys()  # noqa: SIM118 an enum wrapper
+}
+
+
+def _exported(tensor: gs.Constant) -> TensorProto:
+    model = load(
+        parser.parse_model(
+            '<ir_version: 10, opset_import: ["" : 21, "custom" : 1]>'
+            "agraph (float[2] x) => (float[2] y) { y = custom.Use (x) }"
+        )
+    )
+    model.graph.nodes[0].inputs.append(tensor)
+    (exported,) = to_proto(model).graph.initializer
+    return exported
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 4097])
+def test_packing_is_onnx_packing(name: str, count: int) -> None:
+    bits, signed = int(name[-1]), name.startswith("INT")
+    low = -(1 << (bits - 1)) if signed else 0
+    array = np.random.default_rng(0).integers(low, low + (1 << bits), count)
+    array = array.astype(np.int8 if signed else np.uint8)
+    exotic = np.dtype(getattr(ml_dtypes, name.lower()))
+    expected = nh.from_array(array.astype(exotic), "w")
+    for made in (
+        constant("w", array, data_type=PACKED[name]),
+        constant("w", array.astype(np.int64), data_type=PACKED[name]),
+        constant("w", array.astype(exotic)),
+        gs.Constant("w", array.astype(exotic)),
+    ):
+        tensor = _exported(made)
+        assert (tensor.data_type, list(tensor.dims)) == (PACKED[name], [count])
+        assert tensor.raw_data == expected.raw_data
+        got = values(made)
+        assert got.dtype == array.dtype
+        np.testing.assert_array_equal(got, array)
+
+
+@pytest.mark.parametrize(("name", "value"), [("INT4", 8), ("INT4", -9), ("UINT4", 16)])
+def test_values_out_of_range(name: str, value: int) -> None:
+    with pytest.raises(ModelError, match=f"'w': values {value} .. {value} do not fit in {name}"):
+        constant("w", np.array([value]), data_type=PACKED[name])
+
+
+def test_integer_types_need_integers() -> None:
+    with pytest.raises(ModelError, match="INT4 needs an integer array, not float32"):
+        constant("w", np.ones(2, np.float32), data_type=TensorProto.INT4)
+
+
+def test_types_onnx_does_not_have() -> None:
+    with pytest.raises(ModelError, match="ONNX has no element type for numpy's"):
+        constant("w", np.zeros(2, "datetime64[s]"))
+    with pytest.raises(ModelError, match="cannot store values as element type 99"):
+        constant("w", np.zeros(2), data_type=99)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3)])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.bool_, np.int8, np.float64]
+)
+def test_plain_arrays(shape: tuple[int, ...], dtype: type) -> None:
+    array = np.zeros(shape, dtype)
+    tensor = _exported(constant("w", array))
+    expected = nh.from_array(array, "w")
+    assert tensor == expected
+    big = constant("w", np.ones((40, 50), dtype))
+    assert _exported(big) == nh.from_array(np.ones((40, 50), dtype), "w")
+
+
+def test_casts() -> None:
+    array = np.array([1.5, -2.0], np.float32)
+    for code, dtype in ((16, ml_dtypes.bfloat16), (10, np.float16), (11, np.float64)):
+        made = constant("w", array, data_type=code)
+        assert _exported(made) == nh.from_array(array.astype(dtype), "w")
+
+
+def test_strided_arrays_and_strings() -> None:
+    array = np.arange(2000, dtype=np.float32).reshape(40, 50).T
+    assert _exported(constant("w", array)) == nh.from_array(array, "w")
+    assert list(_exported(constant("w", np.array(["a", "b"]))).string_data) == [b"a", b"b"]
+
+
+def test_values_are_read_only_and_leave_no_trace() -> None:
+    array = np.arange(3, dtype=np.float32)
+    made = constant("w", array)
+    got = values(made)
+    with pytest.raises(ValueError, match="read-only"):
+        got[0] = 1
+    array[0] = 7
+    packed = constant("p", np.array([1, 2], np.int8), data_type=TensorProto.INT4)
+    before = packed._values
+    values(packed)
+    assert packed._values is before
+
+
+def test_gs_values_keep_the_type_too() -> None:
+    packed = constant("p", np.array([1, -2, 3], np.int8), data_type=TensorProto.INT4)
+    assert packed.values.dtype == ml_dtypes.int4  # gs caches; the export stays INT4
+    assert _exported(packed).data_type == TensorProto.INT4
+
+
+OVERRIDABLE = """
+<ir_version: 8, opset_import: ["" : 18]>
+agraph (float[2] first, float[2] w, float[2] x, float[2] idle) => (float[2] y)
+<float[2] w = {1, 2}, float[2] v = {3, 4}, float[2] idle = {5, 6}> {
+  a = Add (x, w)  b = Add (a, v)  y = Add (b, first)
+}
+"""
+
+
+def _inputs(model: object) -> list[str]:
+    return [value.name for value in to_proto(model).graph.input]  # type: ignore[arg-type]
+
+
+def test_is_constant() -> None:
+    model = load(parser.parse_model(OVERRIDABLE))
+    assert model.overridable == {"w", "idle"}
+    first, second = model.graph.nodes[:2]
+    assert not is_constant(first.inputs[0])
+    assert not is_constant(first.inputs[1])
+    assert not is_constant(first.inputs[1].copy())
+    assert is_constant(second.inputs[1])
+    assert is_constant(constant("new", np.ones(2)))
+    assert _inputs(model) == ["first", "w", "x", "idle"]
+
+
+def test_freezing_an_overridable_initializer() -> None:
+    model = load(parser.parse_model(OVERRIDABLE))
+    model.overridable.discard("w")
+    assert is_constant(model.graph.nodes[0].inputs[1])
+    proto = to_proto(model)
+    assert [value.name for value in proto.graph.input] == ["first", "x", "idle"]
+    assert [tensor.name for tensor in proto.graph.initializer] == ["w", "v", "idle"]
+
+
+def test_the_signature_survives_a_removed_consumer() -> None:
+    model = load(parser.parse_model(OVERRIDABLE))
+    first, second = model.graph.nodes[:2]
+    second.inputs[0] = first.inputs[0]
+    model.graph.cleanup()
+    proto = to_proto(model)
+    assert [value.name for value in proto.graph.input] == ["first", "w", "x", "idle"]
+    assert [tensor.name for tensor in proto.graph.initializer] == ["w", "v", "idle"]
+
+
+def test_an_old_model_with_a_new_constant_becomes_ir_4() -> None:
+    text = OVERRIDABLE.replace("ir_version: 8", "ir_version: 3").replace(
+        ", float[2] v =", ", float[2] w2 ="
+    )
+    model = load(
+        parser.parse_model(text.replace("(a, v)", "(a, w)").replace("float[2] w2 = {3, 4}, ", ""))
+    )
+    assert to_proto(model).ir_version == 3
+    model.graph.nodes[1].inputs[1] = constant("new", np.ones(2, np.float32))
+    proto = to_proto(model)
+    assert proto.ir_version == 4
+    assert [value.name for value in proto.graph.input] == ["first", "w", "x", "idle"]
+
+
+def test_numpy_helper_agrees_on_an_untouched_packed_initializer() -> None:
+    tensor = oh.make_tensor("w", TensorProto.UINT4, [5], np.array([1, 15, 0, 7, 8]))
+    out = oh.make_tensor_value_info("y", TensorProto.UINT4, [5])
+    graph = oh.make_graph([oh.make_node("Identity", ["w"], ["y"])], "g", [], [out], [tensor])
+    model = load(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 21)]))
+    assert values(model.graph.nodes[0].inputs[0]).tolist() == [1, 15, 0, 7, 8]
