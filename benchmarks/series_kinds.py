@@ -41,7 +41,7 @@ def main(
     Console(width=120).print(table)
 
 
-def _measure(model, folder, data, bits, terms, series):  # noqa: ANN001, ANN202
+def _measure(model, folder, data, bits, terms, series):
     target = folder / "q.onnx"
     start = time.perf_counter()
     onnx.save(onnx.load(model), folder / "copy.onnx")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from onnxq.kernels_ref.checks import FloatArray, check_term_count
 from onnxq.kernels_ref.granularity import Granularity
 from onnxq.kernels_ref.layout import as_row_params, as_rows, from_rows, tiles

@@ -12,6 +12,7 @@ The exponential convergence is that of the series expansion in arXiv 2412.06865.
 from __future__ import annotations
 
 import numpy as np
+
 from onnxq.kernels_ref.checks import FloatArray, check_bits, check_term_count
 from onnxq.kernels_ref.quantize import half_range, safe_scale
 

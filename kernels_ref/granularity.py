@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from onnxq.kernels_ref.checks import FloatArray, check_finite, check_float
 
 

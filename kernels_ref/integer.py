@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from onnxq.kernels_ref.checks import AnyArray, FloatArray, IntArray, check_float
 from onnxq.kernels_ref.windows import ConvGeometry, convolve
 

@@ -16,6 +16,7 @@ our own.
 from __future__ import annotations
 
 import numpy as np
+
 from onnxq.kernels_ref.checks import FloatArray
 from onnxq.kernels_ref.fixed_ratio import fixed_ratio_scales, scale_ratio
 from onnxq.kernels_ref.granularity import Granularity
@@ -132,7 +133,7 @@ def _search(pieces: _Pieces, widest: FloatArray, terms: int, bits: int) -> Float
     """Scales [terms, rows] of a low squared error; widest: absmax / h per row."""
     h = half_range(bits)
     chain = h / (h + 0.5) * (2.0**bits - 1.0) ** -np.arange(terms)
-    best = np.empty((terms, len(widest)), dtype=widest.dtype)
+    best = np.tile(widest, (terms, 1))
     error = np.full(widest.shape, np.inf, dtype=widest.dtype)
     for clip in np.geomspace(WIDEST_CLIP, _smallest_clip(bits * terms), CLIP_STEPS):
         trial = np.outer(chain * clip, widest).astype(widest.dtype)

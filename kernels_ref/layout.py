@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from onnxq.kernels_ref.checks import FloatArray
 from onnxq.kernels_ref.granularity import (
     Granularity,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from onnxq.kernels_ref.checks import FloatArray
 from onnxq.kernels_ref.granularity import Granularity
 from onnxq.kernels_ref.layout import as_row_params, as_rows, from_rows, tiles

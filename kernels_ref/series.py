@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+
 from onnxq.kernels_ref.checks import (
     FloatArray,
     check_bits,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 from pydantic import BaseModel, ConfigDict, Field
@@ -118,7 +117,7 @@ class Result:
             ModelError: the path cannot be written.
             ConfigError: the path is the float model's own.
         """
-        save(self._model, path, verify=lambda file: _load_only(file))
+        save(self._model, path, verify=_load_only)
 
 
 def quantize(

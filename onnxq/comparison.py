@@ -105,9 +105,7 @@ def compare_sessions(
     if names != [output.name for output in actual.get_outputs()]:
         raise ValidationError("the two models have different outputs: they are no pair")
     sums, hits = _measure(reference, actual, samples, names)
-    accuracy = (
-        (None, None) if samples.label is None else tuple(hit / len(samples) for hit in hits)
-    )
+    accuracy = (None, None) if samples.label is None else tuple(hit / len(samples) for hit in hits)
     return Comparison(
         samples=len(samples),
         made_up_inputs=samples.made_up,

@@ -45,7 +45,8 @@ def model_bytes(path: Path) -> int:
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
+    files = (path, *(path.parent / name for name in beside))
+    return sum(file.stat().st_size for file in files)
 
 
 def _external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

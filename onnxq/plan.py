@@ -16,8 +16,6 @@ from onnxq.errors import ConfigError
 from onnxq.files import write_whole
 from onnxq.kernels_ref import PerAxis, PerBlock, PerTensor, SeriesKind
 
-FORMAT_VERSION = 1
-
 Activations = Literal["none", "dynamic"]
 Layout = Literal["parallel", "merged"]
 GranularityName = Literal["per_tensor", "per_channel", "per_block"]
@@ -96,7 +94,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     model: str = ""
     nodes: list[NodePlan]
     scales: dict[str, tuple[FloatArray, ...]] = Field(default_factory=dict, exclude=True)

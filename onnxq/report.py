@@ -50,9 +50,7 @@ def make_report(
     plan = rewritten.plan
     frozen = len(rewritten.passes["FreezeParameters"].rewritten)
     if frozen:
-        warnings += (
-            f"{frozen} weights were listed as graph inputs; they are fixed constants now",
-        )
+        warnings += (f"{frozen} weights were listed as graph inputs; they are fixed constants now",)
     return Report(
         quantized=len(plan.quantized),
         kinds=dict(Counter(describe(node) for node in plan.quantized)),

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from onnxq.errors import ValidationError
 
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4  # a failed run is raised; onnxruntime would also print it
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -46,7 +46,7 @@ def open_session(
         ValidationError: onnxruntime cannot load the model; carries its first line.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
     if not optimize:

@@ -50,7 +50,8 @@ def show_report(console: Console, report: Report) -> None:
     for note, names in _by_reason(report.notes):
         table.add_row("note", f"{_some(names)}: {note}")
     if report.folded:
-        table.add_row("folds", ", ".join(f"{name} {count}" for name, count in report.folded.items()))
+        folds = ", ".join(f"{name} {count}" for name, count in report.folded.items())
+        table.add_row("folds", folds)
     ratio = report.size_after / report.size_before
     table.add_row(
         "size", f"{_bytes(report.size_before)} → {_bytes(report.size_after)} ({ratio:.3f} ×)"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq.model import Model, constant, graphs, values
+from onnxq.model import Model, constant, graphs, renamed
 from onnxq.passes.base import PassResult
 from onnxq.passes.edit import consumers, is_graph_output, remove_node, replace_input
 
@@ -59,6 +59,6 @@ class ConstantsToInitializers:
 
 def _as_constant(node: gs.Node, name: str) -> Any:
     if "value" in node.attrs:
-        return constant(name, values(node.attrs["value"]))
+        return renamed(node.attrs["value"], name)
     key = next(key for key in _SCALAR_DTYPES if key in node.attrs)
     return constant(name, np.asarray(node.attrs[key], dtype=_SCALAR_DTYPES[key]))

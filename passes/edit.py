@@ -51,13 +51,22 @@ class Builder:
             the graph stays sorted.
         names: the names of the whole model.
         pass_name: written to each marked node as metadata `onnxq.pass`.
+        scalars: the scalar constants made so far for this graph; shared by its builders.
     """
 
-    def __init__(self, graph: gs.Graph, before: gs.Node, names: Names, pass_name: str) -> None:
+    def __init__(
+        self,
+        graph: gs.Graph,
+        before: gs.Node,
+        names: Names,
+        pass_name: str,
+        scalars: dict[str, Any] | None = None,
+    ) -> None:
         self._graph = graph
         self._at = position(graph, before)
         self._names = names
         self._pass = pass_name
+        self._scalars = {} if scalars is None else scalars
 
     @property
     def graph(self) -> gs.Graph:
@@ -68,11 +77,16 @@ class Builder:
         """A tensor with a name of its own, for a node still to come."""
         return gs.Variable(self._names.tensor(name))
 
-    def constant(
-        self, name: str, array: npt.NDArray[Any], data_type: int | None = None
-    ) -> gs.Constant:
+    def constant(self, name: str, array: npt.NDArray[Any], data_type: int | None = None) -> Any:
         """A constant with a name of its own; `data_type` packs 4-bit types."""
         return constant(self._names.tensor(name), np.asarray(array), data_type=data_type)
+
+    def scalar(self, value: np.generic) -> Any:
+        """A scalar constant, one per value and type."""
+        key = f"{value.dtype.name}/{value}"
+        if key not in self._scalars:
+            self._scalars[key] = self.constant(f"onnxq/{key}", np.asarray(value))
+        return self._scalars[key]
 
     def add(
         self,

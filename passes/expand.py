@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
 from onnxq.model import Model, graphs
 from onnxq.passes.base import PassResult
 from onnxq.passes.edit import Builder, Names
@@ -10,9 +12,11 @@ from onnxq.passes.lower_dynamic import lower_dynamic
 from onnxq.passes.lower_float import lower_float
 from onnxq.passes.quantize_activations import ActivationQuantizer
 from onnxq.passes.search_scales import Progress, match_plan, no_progress, node_series
+from onnxq.passes.site import Site
 from onnxq.passes.stored_terms import PACKED_BITS, StoredTerms, stored_bits
 from onnxq.passes.weights import Weight
 from onnxq.plan import NodePlan, Plan
+
 
 def required_opset(plan: Plan) -> int:
     """The lowest default-domain opset in which the plan's forms exist.
@@ -53,15 +57,17 @@ class Expand:
         done: list[str] = []
         for _, graph in graphs(model):
             quantizer = ActivationQuantizer()
+            scalars: dict[str, Any] = {}
             for node in [n for n in graph.nodes if n.name in todo]:
                 self.progress("expanding", len(done), len(todo))
                 entry, weight = todo[node.name], weights[node.name]
                 terms = self._stored(stored, weight, entry)
-                builder = Builder(graph, node, names, "expand")
+                builder = Builder(graph, node, names, "expand", scalars)
+                site = Site(graph, node, terms, entry, builder)
                 if entry.activations == "dynamic":
-                    lower_dynamic(graph, node, terms, entry, builder, quantizer)
+                    lower_dynamic(site, quantizer)
                 else:
-                    lower_float(graph, node, terms, entry, builder)
+                    lower_float(site)
                 done.append(entry.name)
         self.progress("expanding", len(todo), len(todo))
         return PassResult(

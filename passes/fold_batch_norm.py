@@ -66,9 +66,9 @@ class FoldBatchNorm:
         target = norm.inputs[0].inputs[0]
         weight = target.inputs[1]
         bias = target.inputs[2] if len(target.inputs) > 2 and target.inputs[2].name else None
-        factor, offset = batch_norm_affine(
-            *(values(t) for t in norm.inputs[1:5]), epsilon=norm.attrs.get("epsilon", 1e-5)
-        )
+        gamma, beta, mean, variance = (values(t) for t in norm.inputs[1:5])
+        epsilon = float(norm.attrs.get("epsilon", 1e-5))
+        factor, offset = batch_norm_affine(gamma, beta, mean, variance, epsilon)
         new_weight, new_bias = fold_output_affine(
             values(weight),
             None if bias is None else values(bias).reshape(-1),

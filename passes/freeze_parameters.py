@@ -47,5 +47,5 @@ class FreezeParameters:
         kept = set(read_as) - set(frozen)
         return PassResult(
             tuple(sorted(frozen)),
-            {name: "an overridable input that is no trained parameter" for name in sorted(kept)},
+            dict.fromkeys(sorted(kept), "an overridable input that is no trained parameter"),
         )

@@ -63,7 +63,7 @@ def is_nonnegative(tensor: Any, seen: dict[int, bool] | None = None) -> bool:
 def _prove(tensor: Any, seen: dict[int, bool]) -> bool:
     if is_constant(tensor):
         array = values(tensor)
-        return array.dtype.kind in "fiu" and bool(np.all(array >= 0))
+        return array.dtype.kind in "fiu" and float(np.min(array, initial=0)) >= 0
     if not tensor.inputs:
         return False
     node = tensor.inputs[0]

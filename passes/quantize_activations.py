@@ -31,7 +31,6 @@ class ActivationQuantizer:
     """
 
     done: dict[tuple[int, str], Quantized] = field(default_factory=dict)
-    constants: dict[str, Any] = field(default_factory=dict)
     proofs: dict[int, bool] = field(default_factory=dict)
 
     def uint8(self, builder: Builder, tensor: Any) -> Quantized:
@@ -62,9 +61,9 @@ class ActivationQuantizer:
     def _int8_nonnegative(self, builder: Builder, tensor: Any) -> Quantized:
         base = f"{tensor.name}/int8"
         rmax = self._reduce(builder, "ReduceMax", tensor, f"{base}/rmax")
-        rmax = builder.add("Max", f"{base}/rmax_positive", [rmax, self._scalar(builder, _TINY)])
+        rmax = builder.add("Max", f"{base}/rmax_positive", [rmax, builder.scalar(_TINY)])
         scale = builder.add("Mul", f"{base}/scale", [rmax, self._step(builder)])
-        zero_point = self._scalar(builder, np.int8(-128))
+        zero_point = builder.scalar(np.int8(-128))
         q = builder.add("QuantizeLinear", f"{base}/q", [tensor, scale, zero_point])
         return Quantized(q, scale, zero_point)
 
@@ -72,13 +71,13 @@ class ActivationQuantizer:
         base = f"{tensor.name}/int8"
         rmax = self._reduce(builder, "ReduceMax", tensor, f"{base}/rmax")
         rmin = self._reduce(builder, "ReduceMin", tensor, f"{base}/rmin")
-        rmax = builder.add("Max", f"{base}/rmax_positive", [rmax, self._scalar(builder, _TINY)])
-        zero = self._scalar(builder, np.float32(0))
+        rmax = builder.add("Max", f"{base}/rmax_positive", [rmax, builder.scalar(_TINY)])
+        zero = builder.scalar(np.float32(0))
         rmin = builder.add("Min", f"{base}/rmin_negative", [rmin, zero])
         width = builder.add("Sub", f"{base}/range", [rmax, rmin])
         scale = builder.add("Mul", f"{base}/scale", [width, self._step(builder)])
         steps = builder.add("Div", f"{base}/rmin_steps", [rmin, scale])
-        lowest = self._scalar(builder, np.float32(-128))
+        lowest = builder.scalar(np.float32(-128))
         exact = builder.add("Sub", f"{base}/zero_exact", [lowest, steps])
         rounded = builder.add("Round", f"{base}/zero_rounded", [exact])
         zero_point = builder.add(
@@ -91,11 +90,4 @@ class ActivationQuantizer:
         return builder.add(op_type, name, [tensor], attrs={"keepdims": 0})
 
     def _step(self, builder: Builder) -> Any:
-        return self._scalar(builder, np.float32(1.0) / np.float32(255.0))
-
-    def _scalar(self, builder: Builder, value: Any) -> Any:
-        key = f"{value.dtype.name}:{value}"
-        if key not in self.constants:
-            name = f"onnxq/{value.dtype.name}/{value}"
-            self.constants[key] = builder.constant(name, np.asarray(value))
-        return self.constants[key]
+        return builder.scalar(np.float32(1.0) / np.float32(255.0))

@@ -89,8 +89,7 @@ def match_plan(model: Model, plan: Plan) -> dict[str, Weight]:
             raise _other_model(f"node {entry.name!r} cannot be quantized: {found}")
         if found.shape != tuple(entry.shape):
             raise _other_model(
-                f"the weight of node {entry.name!r} is {list(found.shape)}, "
-                f"not {list(entry.shape)}"
+                f"the weight of node {entry.name!r} is {list(found.shape)}, not {list(entry.shape)}"
             )
         if entry.crc32 and found.crc32() != entry.crc32:
             raise _other_model(f"the weight of node {entry.name!r} has other values")

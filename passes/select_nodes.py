@@ -62,18 +62,14 @@ class SelectNodes:
         reason = self._unwanted(node.name)
         if not reason:
             check_finite(node, found)
-        where = {
-            "name": node.name,
-            "op_type": node.op,
-            "weight": found.tensor.name,
-            "shape": found.shape,
-            "crc32": found.crc32(),
-        }
-        if reason:
-            return NodePlan(**where, reason=reason)  # type: ignore[arg-type]
         activations, note = self._activations(node, found)
         return NodePlan(
-            **where,  # type: ignore[arg-type]
+            name=node.name,
+            op_type=node.op,
+            weight=found.tensor.name,
+            shape=found.shape,
+            crc32=found.crc32(),
+            reason=reason,
             note=note,
             bits=self.bits,
             terms=self.terms,
@@ -111,7 +107,7 @@ class SelectNodes:
 
 def default_series(terms: int) -> SeriesKind:
     """The series used where the user does not choose; the measurements are in docs/numerics.md."""
-    return "fixed_ratio" if terms == 1 else "joint"
+    return "fixed_ratio" if terms == 1 else "digit"
 
 
 def weighted_nodes(model: Model) -> Iterator[gs.Node]:

@@ -7,6 +7,7 @@ onnxruntime computes it once, when it loads the model under default session opti
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -110,11 +111,10 @@ class StoredTerms:
         self, builder: Builder, indices: tuple[int, ...], to: int, zero_point: int
     ) -> Any:
         base = self.weight.tensor.name
+        data_type = _signed_type(self.series.terms[0])
         total = None
         for i in indices:
-            q = self._constant(
-                f"{self._base(i)}/q", builder, partial(self._plain_q, i), _signed_type(self.series.terms[i])
-            )
+            q = self._constant(f"{self._base(i)}/q", builder, partial(self._plain_q, i), data_type)
             part = builder.add("Cast", f"{self._base(i)}/int", [q], attrs={"to": TensorProto.INT32})
             if total is not None:
                 part = builder.add("Add", f"{self._base(i)}/added", [total, part])
@@ -151,17 +151,29 @@ class StoredTerms:
         """The term's scale per output channel, times `factor`, in `shape`."""
         scale = np.asarray(self.series.terms[i].scale, np.float32)
         full = np.broadcast_to(scale, (self.series.terms[i].q.shape[0],)) * np.float32(factor)
+        # nodes that share the weight share the scale, unless their Gemm alphas differ
         return self._constant(
-            f"{self._base(i)}/scale", builder, lambda: full.astype(np.float32).reshape(shape)
+            f"{self._base(i)}/scale",
+            builder,
+            lambda: full.astype(np.float32).reshape(shape),
+            key=f"scale {i} {factor} {shape}",
         )
 
     def _base(self, i: int) -> str:
         return f"{self.weight.tensor.name}/term{i}"
 
-    def _constant(self, name: str, builder: Builder, make: Any, data_type: int | None = None) -> Any:
-        if name not in self.constants:
-            self.constants[name] = builder.constant(name, make(), data_type)
-        return self.constants[name]
+    def _constant(
+        self,
+        name: str,
+        builder: Builder,
+        make: Callable[[], Array],
+        data_type: int | None = None,
+        key: str | None = None,
+    ) -> Any:
+        key = key or name
+        if key not in self.constants:
+            self.constants[key] = builder.constant(name, make(), data_type)
+        return self.constants[key]
 
     def _plain_q(self, i: int) -> Array:
         return self.weight.from_matrix(self.series.terms[i].q)
@@ -200,4 +212,3 @@ def term_bytes(term: Term) -> int:
 
 def _signed_type(term: Term) -> int:
     return TensorProto.INT4 if stored_bits(term.bits) == PACKED_BITS else TensorProto.INT8
-

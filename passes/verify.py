@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from onnxq.errors import PassError
-from onnxq.model import Model, graphs
+from onnxq.model import Model, graphs, is_initializer
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _unproduced(graph: gs.Graph, outer: set[str], where: str) -> Iterator[str]:
     known = outer | {t.name for t in graph.inputs}
     for node in graph.nodes:
         for tensor in node.inputs:
-            if tensor.name and not isinstance(tensor, gs.Constant) and tensor.name not in known:
+            if tensor.name and not is_initializer(tensor) and tensor.name not in known:
                 yield (
                     f"{node.op} {node.name!r} reads {tensor.name!r}, which no earlier node, input "
                     f"or initializer provides{_in(where)}"
@@ -66,7 +66,7 @@ def _unproduced(graph: gs.Graph, outer: set[str], where: str) -> Iterator[str]:
                 yield from _unproduced(value, known, f"{node.name}/{key}")
         known |= {t.name for t in node.outputs}
     for tensor in graph.outputs:
-        if tensor.name not in known and not isinstance(tensor, gs.Constant):
+        if tensor.name not in known and not is_initializer(tensor):
             yield f"output {tensor.name!r} is not produced{_in(where)}"
 
 

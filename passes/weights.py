@@ -43,7 +43,7 @@ class Weight:
             than the first ([out, in, ...], Conv's order).
     """
 
-    tensor: gs.Constant
+    tensor: Any
     out_last: bool
 
     @property

@@ -5,7 +5,7 @@ model = load("model.onnx")      # nothing of the file is lost
 save(model, "out.onnx")         # all or nothing
 """
 
-from onnxq.model.boundary import constant
+from onnxq.model.boundary import constant, renamed
 from onnxq.model.opset import raise_opset
 from onnxq.model.read import load
 from onnxq.model.types import (
@@ -13,6 +13,7 @@ from onnxq.model.types import (
     get_metadata,
     graphs,
     is_constant,
+    is_initializer,
     set_metadata,
     values,
 )
@@ -24,8 +25,10 @@ __all__ = [
     "get_metadata",
     "graphs",
     "is_constant",
+    "is_initializer",
     "load",
     "raise_opset",
+    "renamed",
     "save",
     "set_metadata",
     "to_proto",

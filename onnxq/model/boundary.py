@@ -148,3 +148,11 @@ def constant(name: str, array: Array, *, data_type: int | None = None) -> Any:
             raise ModelError(f"tensor {name!r}: ONNX has no element type for numpy's {array.dtype}")
         return gs.Constant(name, array)
     return gs.Constant(name, Stored(to_tensor(name, array, data_type)))
+
+
+def renamed(constant: Any, name: str) -> Any:
+    """A new `gs.Constant` with the data and element type of another one, which is left as it is."""
+    held = constant._values
+    if isinstance(held, Stored):
+        held = Stored(held.tensor, held.file, held.offset)
+    return gs.Constant(name, held)

@@ -59,8 +59,13 @@ def convert_node(
     """
     if node.domain not in _DEFAULT or node.op_type == "Constant":
         return [node]
-    old, new = _schema(node, where, step[0]), _schema(node, where, step[1], must=False)
-    if new is not None and old.since_version == new.since_version:
+    old = _schema(node, step[0])
+    if old is None:
+        raise ModelError(
+            f"{where}: opset {step[0]} has no operator {node.op_type}: the model is not valid"
+        )
+    new = _schema(node, step[1])
+    if new is not None and not new.deprecated and old.since_version == new.since_version:
         return [node]
     if any(True for _ in bodies(node)):
         if node.op_type in _BODIES_ONLY_GREW or step[0] >= _SCAN_CHANGED:
@@ -83,16 +88,11 @@ def _refusal(node: NodeProto, where: str, step: tuple[int, int], reason: str) ->
     )
 
 
-def _schema(node: NodeProto, where: str, version: int, must: bool = True) -> defs.OpSchema | None:
+def _schema(node: NodeProto, version: int) -> defs.OpSchema | None:
     try:
-        schema = defs.get_schema(node.op_type, version, "")
-    except defs.SchemaError as error:
-        if not must:
-            return None
-        raise ModelError(
-            f"{where}: opset {version} has no operator {node.op_type}: the model is not valid"
-        ) from error
-    return None if schema.deprecated and not must else schema
+        return defs.get_schema(node.op_type, version, "")
+    except defs.SchemaError:
+        return None
 
 
 def _refuse_wrong_conversions(
@@ -116,7 +116,7 @@ def _rank(type_: TypeProto | None) -> int | None:
 
 
 def _converter(
-    node: NodeProto, step: tuple[int, int], scope: Scope, schema: defs.OpSchema | None
+    node: NodeProto, step: tuple[int, int], scope: Scope, schema: defs.OpSchema
 ) -> list[NodeProto]:
     """Run onnx's converter on a model of this one node."""
     names = list(dict.fromkeys(name for name in node.input if name))
@@ -152,9 +152,9 @@ def _value(name: str, scope: Scope, fallback: int) -> ValueInfoProto:
     return value
 
 
-def _fallback(node: NodeProto, name: str, schema: defs.OpSchema | None) -> int:
+def _fallback(node: NodeProto, name: str, schema: defs.OpSchema) -> int:
     """An element type that the operator accepts here, for an input of unknown type."""
-    formal = list(schema.inputs) if schema is not None else []
+    formal = list(schema.inputs)
     index = list(node.input).index(name)
     allowed = formal[min(index, len(formal) - 1)].types if formal else set()
     if "tensor(float)" in allowed or not allowed:

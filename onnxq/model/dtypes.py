@@ -1,4 +1,4 @@
-"""ONNX element types: their width in bits, their numpy dtype, and the packing of sub-byte integers."""
+"""ONNX element types: width in bits, numpy dtype, and the packing of integers below one byte."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ WIDE: dict[int, np.dtype[np.generic]] = {
 def type_name(data_type: int) -> str:
     """`INT4` for 22; the number itself for a type that this onnx does not know."""
     names = {code: name for name, code in TensorProto.DataType.items()}
-    return names.get(data_type, f"element type {data_type}")
+    return str(names.get(data_type, f"element type {data_type}"))
 
 
 def raw_size(data_type: int, dims: Sequence[int]) -> int:
@@ -76,7 +76,7 @@ def raw_size(data_type: int, dims: Sequence[int]) -> int:
     """
     if data_type not in BITS:
         raise ModelError(
-            f"{type_name(data_type)} has no fixed width: such a tensor cannot be stored as raw bytes"
+            f"{type_name(data_type)} has no fixed width: such a tensor cannot be raw bytes"
         )
     return (prod(dims) * BITS[data_type] + 7) // 8
 
@@ -91,7 +91,9 @@ def unpack(raw: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.
 def sign_extend(fields: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:
     """Two's complement fields of `bits` bits as int8."""
     half = 1 << (bits - 1)
-    return ((fields ^ np.uint8(half)).astype(np.int8) - np.int8(half)).astype(np.int8)
+    shifted: npt.NDArray[np.int8] = (fields ^ np.uint8(half)).astype(np.int8)
+    shifted -= np.int8(half)
+    return shifted
 
 
 def pack(array: Array, bits: int) -> bytes:
@@ -102,7 +104,7 @@ def pack(array: Array, bits: int) -> bytes:
     padded[: fields.size] = fields
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     packed = np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1)
-    return packed.astype(np.uint8).tobytes()
+    return bytes(packed.astype(np.uint8))
 
 
 def integer_range(data_type: int) -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from onnx import GraphProto, ModelProto, TensorProto, inliner
+from collections.abc import Iterable
+
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, inliner
 
 from onnxq.errors import ModelError
 from onnxq.model.protos import bodies
@@ -20,6 +22,7 @@ def inline_functions(proto: ModelProto, where: str) -> ModelProto:
     """
     if not proto.functions:
         return proto
+    _refuse_recursion(proto, where)
     light = ModelProto()
     light.CopyFrom(proto)
     for tensor in light.graph.initializer:
@@ -36,6 +39,31 @@ def inline_functions(proto: ModelProto, where: str) -> ModelProto:
         tensor.CopyFrom(source)
     _import_domains(proto, inlined)
     return inlined
+
+
+def _refuse_recursion(proto: ModelProto, where: str) -> None:
+    """Onnx 1.17 crashes on a function that calls itself."""
+    calls = {(f.domain, f.name): _called(f.node) for f in proto.functions}
+    finished: set[tuple[str, str]] = set()
+    while True:
+        leaves = {key for key, called in calls.items() if not (called & calls.keys()) - finished}
+        if leaves <= finished:
+            break
+        finished |= leaves
+    for domain, name in calls.keys() - finished:
+        raise ModelError(
+            f"{where}: the function {domain}.{name} calls itself, directly or through another "
+            "function, which ONNX forbids: export the model without functions"
+        )
+
+
+def _called(nodes: Iterable[NodeProto]) -> set[tuple[str, str]]:
+    found = set()
+    for node in nodes:
+        found.add((node.domain, node.op_type))
+        for _, body in bodies(node):
+            found |= _called(body.node)
+    return found
 
 
 def _inline(light: ModelProto) -> tuple[ModelProto | None, str]:

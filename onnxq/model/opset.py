@@ -37,8 +37,8 @@ def raise_opset(model: Model, version: int) -> Model:
     newest = onnx.defs.onnx_opset_version()
     if version > newest:
         raise ModelError(
-            f"opset {version} is unknown to the installed onnx {onnx.__version__} (up to {newest}): "
-            "upgrade onnx"
+            f"opset {version} is unknown to the installed onnx {onnx.__version__} "
+            f"(up to {newest}): upgrade onnx"
         )
     skeleton = export(model)
     proto, where = skeleton.proto, str(model.path or "model in memory")

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
 from onnxq.errors import ModelError
@@ -40,7 +39,7 @@ def read_file(path: Path) -> ModelProto:
     proto = ModelProto()
     try:
         proto.ParseFromString(data)
-    except DecodeError as error:
+    except Exception as error:  # protobuf's DecodeError, which has no typed home
         raise ModelError(
             f"{path} is not an ONNX model, or is truncated: copy or export it again"
         ) from error

@@ -160,7 +160,7 @@ def read(values: Any) -> Array:
 
 
 def _frozen(array: Array) -> Array:
-    view = array.view()
+    view: Array = array.view()
     view.flags.writeable = False
     return view
 

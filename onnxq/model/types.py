@@ -77,6 +77,11 @@ def is_constant(tensor: Any) -> bool:
     return replaceable is None or replaceable[1] not in replaceable[0]
 
 
+def is_initializer(tensor: Any) -> bool:
+    """True for a `gs.Constant`, also one that can be overridden when the model runs."""
+    return isinstance(tensor, Constant)
+
+
 def values(constant: Any) -> Array:
     """Read-only values of a `gs.Constant`, memory-mapped where they are in an external file.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -74,28 +75,34 @@ def save(
         external = skeleton.size >= _EMBED_LIMIT
     if not external and skeleton.size > _PROTOBUF_LIMIT:
         raise ModelError(
-            f"{target}: the model takes {skeleton.size / 2**30:.1f} GiB, more than the 2 GiB of one "
-            "protobuf: save it with external data"
+            f"{target}: the model takes {skeleton.size / 2**30:.1f} GiB, more than the 2 GiB of "
+            "one protobuf: save it with external data"
         )
     if external:
         _check_data(model, data)
-    try:
+    with _one_line(target):
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.onnxq-", dir=target.parent))
-    except OSError as error:
-        raise ModelError(f"cannot write {target}: {error.strerror or error}") from error
     try:
-        _write_files(skeleton, work / target.name, work / data.name if external else None)
+        with _one_line(target):
+            _write_files(skeleton, work / target.name, work / data.name if external else None)
         _check_file(work / target.name, target)
         if verify is not None:
             verify(work / target.name)
-        if (work / data.name).exists():
-            (work / data.name).replace(data)
-        (work / target.name).replace(target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise ModelError(f"cannot write {target}: {error.strerror or error}") from error
+        with _one_line(target):
+            if (work / data.name).exists():
+                (work / data.name).replace(data)
+            (work / target.name).replace(target)
+            _sync_folder(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _one_line(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def _check_target(model: Model, target: Path) -> None:
@@ -164,7 +171,7 @@ def _embed(stub: Stub) -> None:
         set_text(tensor, "name", name)
     else:
         for field in DATA_FIELDS:
-            tensor.ClearField(field)  # type: ignore[arg-type]  # a name of TensorProto's fields
+            tensor.ClearField(field)
         tensor.raw_data = raw_of(name, holder).tobytes()
 
 
@@ -173,9 +180,9 @@ def _spill(stub: Stub, file: IO[bytes], location: str) -> None:
     align = _PAGE if stub.size >= 16 * _PAGE else 64
     _put(file, bytes(-file.tell() % align))
     offset = file.tell()
-    data = memoryview(raw_of(stub.tensor.name, stub.holder))
+    data = raw_of(stub.tensor.name, stub.holder)
     for start in range(0, len(data), _CHUNK):
-        _put(file, data[start : start + _CHUNK])
+        _put(file, data[start : start + _CHUNK].data)
     _point(stub.tensor, {"location": location, "offset": str(offset), "length": str(len(data))})
 
 
@@ -212,7 +219,7 @@ def _sync_folder(folder: Path) -> None:
 def _check_file(file: Path, target: Path) -> None:
     try:
         onnx.checker.check_model(str(file))
-    except onnx.checker.ValidationError as error:
+    except Exception as error:  # a ValidationError, or what protobuf has to say
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{target} not written, onnx.checker refuses the model: {reason}"

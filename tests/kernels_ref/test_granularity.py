@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from onnxq.kernels_ref import PerAxis, PerBlock, PerTensor, reduce_absmax, scale_shape, spread
 from onnxq.kernels_ref.granularity import reduce_range
 from onnxq.kernels_ref.layout import (

@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnxq.kernels_ref import PerAxis, PerBlock, PerTensor, expand, half_range, relative_error
+
+from onnxq.kernels_ref import (
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    expand,
+    half_range,
+    joint,
+    relative_error,
+)
+from onnxq.kernels_ref.fixed_ratio import fixed_ratio_scales
 
 KINDS_OF_ROW = ("normal", "laplace", "outlier", "sparse", "constant", "two_values", "zero", "tiny")
 
@@ -130,6 +140,23 @@ def test_search_is_the_same_for_a_row_alone_and_among_others():
         for a, b in zip(together.terms, alone.terms, strict=True):
             assert a.scale[row] == b.scale[0]
             np.testing.assert_array_equal(a.q[row], b.q[0])
+
+
+def test_a_failed_search_for_two_terms_falls_back_on_one(monkeypatch):
+    # At 2 bits the fixed ratio with two terms is worse than the best single term.
+    w = np.random.default_rng(8).standard_normal((3, 4096))
+    options = {"bits": 2, "granularity": PerAxis(0)}
+    one = squared_error(expand("joint", w, terms=1, **options), w)
+    assert np.all(squared_error(expand("fixed_ratio", w, terms=2, **options), w) > one)
+    search = joint._search
+
+    def fail_for_two(pieces, widest, terms, bits):
+        if terms == 1:
+            return search(pieces, widest, terms, bits)
+        return np.stack(fixed_ratio_scales(widest, bits, terms))
+
+    monkeypatch.setattr(joint, "_search", fail_for_two)
+    assert np.all(squared_error(expand("joint", w, terms=2, **options), w) <= one)
 
 
 def test_search_in_a_block_does_not_look_at_the_others():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import kitchen_sink
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from onnx import AttributeProto, ModelProto, TensorProto, parser
+from onnx import AttributeProto, ModelProto, TensorProto
 from onnx import helper as oh
 
 from onnxq.errors import ModelError
@@ -26,7 +27,7 @@ from onnxq.model import (
 
 
 def _source() -> ModelProto:
-    proto = parser.parse_model(
+    proto = kitchen_sink.parse_model(
         """<ir_version: 10, opset_import: ["" : 21]>
         agraph (float[N, 4] x, bool c) => (float[N, 4] y)
         <float[4] w = {1, 2, 3, 4}, float[4] outer = {1, 1, 1, 1}, float[4] idle = {0, 0, 0, 0}>

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import kitchen_sink
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, TensorProto, parser
+from onnx import ModelProto, TensorProto
 from onnx import helper as oh
 from onnx import numpy_helper as nh
 
@@ -29,7 +30,7 @@ def _refused(source: object, *parts: str) -> str:
 
 
 def _model(body: str) -> ModelProto:
-    return parser.parse_model(f"{HEADER}agraph {body}")
+    return kitchen_sink.parse_model(f"{HEADER}agraph {body}")
 
 
 def _file(folder: Path, data: bytes) -> Path:
@@ -195,7 +196,7 @@ def test_unknown_element_type() -> None:
 
 
 def test_function_that_cannot_be_inlined() -> None:
-    model = parser.parse_model(
+    model = kitchen_sink.parse_model(
         """<ir_version: 8, opset_import: ["" : 18, "f" : 1]>
         agraph (float[2] x) => (float[2] y) { y = f.foo (x) }
         <domain: "f", opset_import: ["" : 18, "f" : 1]> foo (a) => (b) { b = f.foo (a) }"""

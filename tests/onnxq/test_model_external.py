@@ -5,11 +5,12 @@ from __future__ import annotations
 import tracemalloc
 from pathlib import Path
 
+import kitchen_sink
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import ModelProto, TensorProto, parser
+from onnx import ModelProto, TensorProto
 from onnx import helper as oh
 from onnx import numpy_helper as nh
 
@@ -152,7 +153,7 @@ def test_constant_nodes_may_be_external(tmp_path: Path) -> None:
 def _wide(count: int, size: int) -> ModelProto:
     """`count` initializers of `size` floats, added up."""
     adds = "\n".join(f"s{i + 1} = Add (s{i}, w{i})" for i in range(count))
-    proto = parser.parse_model(
+    proto = kitchen_sink.parse_model(
         f"""<ir_version: 8, opset_import: ["" : 18]>
         agraph (float[{size}] s0) => (float[{size}] s{count}) {{ {adds} }}"""
     )
@@ -183,7 +184,7 @@ def test_saving_streams(tmp_path: Path) -> None:
 
 
 def test_external_files_hold_large_initializers_of_bodies_too(tmp_path: Path) -> None:
-    proto = parser.parse_model(
+    proto = kitchen_sink.parse_model(
         """<ir_version: 8, opset_import: ["" : 18]>
         agraph (bool c, float[N] x) => (float[N] y) {
           y = If (c) <then_branch = t () => (float[N] a) { a = Add (x, v) },

@@ -62,7 +62,7 @@ agraph (float[1, 2, 4, 4] x) => (float[1, 3, 8, 8] y, float[N, M] flat, float[A,
 
 @pytest.mark.parametrize("version", [10, 11, 13, 17, 18, 21])
 def test_same_numbers(version: int, tmp_path: Path) -> None:
-    source = parser.parse_model(OPSET_9)
+    source = kitchen_sink.parse_model(OPSET_9)
     model = load(source)
     raised = raise_opset(model, version)
     result = to_proto(raised)
@@ -83,7 +83,7 @@ def test_same_numbers(version: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 def test_resize_samples_where_it_did(mode: str, scale: float) -> None:
-    source = parser.parse_model(
+    source = kitchen_sink.parse_model(
         f"""<ir_version: 5, opset_import: ["" : 10]>
         agraph (float[1, 1, 5, 5] x) => (float[1, 1, A, B] y)
         <float[4] s = {{1.0, 1.0, {scale}, {scale}}}> {{ y = Resize <mode = "{mode}"> (x, s) }}"""
@@ -94,7 +94,7 @@ def test_resize_samples_where_it_did(mode: str, scale: float) -> None:
 
 
 def test_names_and_texts_stay() -> None:
-    source = parser.parse_model(OPSET_9)
+    source = kitchen_sink.parse_model(OPSET_9)
     for node in source.graph.node:
         node.doc_string = f"doc of {node.name}"
         node.metadata_props.add(key="name", value=node.name)
@@ -133,7 +133,7 @@ def test_the_kitchen_sink_changes_nothing_but_its_versions() -> None:
 
 
 def test_what_passes_did_survives() -> None:
-    model = load(parser.parse_model(OPSET_9))
+    model = load(kitchen_sink.parse_model(OPSET_9))
     set_metadata(model.graph.nodes[3], {"onnxq.pass": "test"})
     big = np.random.default_rng(0).normal(size=(1, 2, 8, 30)).astype(np.float32)
     model.graph.nodes[-1].inputs.append(constant("big", big))
@@ -150,13 +150,13 @@ def test_what_passes_did_survives() -> None:
 
 
 def test_no_op_and_never_down() -> None:
-    model = load(parser.parse_model(OPSET_9))
+    model = load(kitchen_sink.parse_model(OPSET_9))
     assert raise_opset(model, 9) is model
     assert raise_opset(model, 8) is model
 
 
 def test_weights_in_external_files_stay_there(tmp_path: Path) -> None:
-    source = parser.parse_model(
+    source = kitchen_sink.parse_model(
         """<ir_version: 6, opset_import: ["" : 11]>
         agraph (float[1, 900] x) => (float[1, 1, 900] y) {
           s = Add (x, w)  y = Unsqueeze <axes = [0]> (s)
@@ -174,7 +174,7 @@ def test_weights_in_external_files_stay_there(tmp_path: Path) -> None:
 
 
 def test_bodies_are_converted_too() -> None:
-    source = parser.parse_model(
+    source = kitchen_sink.parse_model(
         """<ir_version: 6, opset_import: ["" : 11]>
         agraph (bool c, float[2, 3] x) => (float[A, B, C] y) {
           [if] y = If (c) <
@@ -192,7 +192,7 @@ def test_bodies_are_converted_too() -> None:
 
 
 def test_overridable_inputs_stay_and_frozen_ones_stay_frozen() -> None:
-    source = parser.parse_model(
+    source = kitchen_sink.parse_model(
         """<ir_version: 3, opset_import: ["" : 8]>
         agraph (float[2] x, float[2] w, float[2] v) => (float[1, 2] y)
         <float[2] w = {1, 2}, float[2] v = {3, 4}>
@@ -214,7 +214,7 @@ def test_overridable_inputs_stay_and_frozen_ones_stay_frozen() -> None:
     ],
 )
 def test_operators_that_cannot_be_converted(node: str, opset: int) -> None:
-    source = parser.parse_model(
+    source = kitchen_sink.parse_model(
         f"""<ir_version: 7, opset_import: ["" : {opset}]>
         agraph (float[2, 3, 4] x) => (float[2, 3, 4] y) <float[1] w = {{1.0}}> {{ [bad] {node} }}"""
     )
@@ -239,4 +239,4 @@ def test_scan_of_opset_8_is_refused() -> None:
 def test_an_opset_that_onnx_does_not_know() -> None:
     newest = onnx.defs.onnx_opset_version()
     with pytest.raises(ModelError, match=f"opset {newest + 1} is unknown .* upgrade onnx"):
-        raise_opset(load(parser.parse_model(OPSET_9)), newest + 1)
+        raise_opset(load(kitchen_sink.parse_model(OPSET_9)), newest + 1)

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+import kitchen_sink
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import ModelProto, parser
+from onnx import ModelProto
 from onnx import numpy_helper as nh
 
 from onnxq.errors import ConfigError, ModelError
@@ -20,7 +21,7 @@ from onnxq.model import write as write_module
 
 
 def _proto() -> ModelProto:
-    proto = parser.parse_model(
+    proto = kitchen_sink.parse_model(
         """<ir_version: 8, opset_import: ["" : 18]>
         agraph (float[1000] x) => (float[1000] y) { y = Add (x, w) }"""
     )

@@ -7,6 +7,7 @@ those in `LEFT_OUT`, so that a field of a newer onnx makes the test fail until i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,24 @@ def build() -> ModelProto:
         model.configuration.add(name="two", num_devices=2, device=["a", "b"])
     _dress(model, [0])
     return model
+
+
+def parse_model(text: str) -> ModelProto:
+    """onnx.parser.parse_model, with `[name]` before a node also where onnx is older than 1.18."""
+    names = re.findall(r"(?<!\w)\[(\w+)\]\s+(\w+)", text)
+    model = onnx.parser.parse_model(re.sub(r"(?<!\w)\[\w+\](?=\s+\w)", "", text))
+    nodes = list(_nodes_of(model.graph))
+    for name, output in names:
+        node = next(n for n in nodes if n.output[0] == output and not n.name)
+        node.name = name
+    return model
+
+
+def _nodes_of(graph: GraphProto) -> Iterator[NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes_of(attribute.g)
 
 
 def _inputs_outputs(graph: GraphProto) -> None:
