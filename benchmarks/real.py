@@ -48,3 +48,38 @@ def classifier_data(name: str, count: int = 500) -> dict[str, np.ndarray]:
 
 
 CLASSIFIERS = ("cifar10_resnet20", "squeezenet1.1", "mobilenet_v1_0.75_224")
+
+
+def samples(name: str, count: int = 16) -> dict[str, np.ndarray]:
+    """Inputs of the right kind for any of the models, without labels."""
+    rng = np.random.default_rng(0)
+    if name in CLASSIFIERS:
+        return {"input": classifier_data(name, count)["input"]}
+    if name == "minilm_l6_v2":
+        ids = rng.integers(1000, 20000, (count, 64))
+        ids[:, 0], ids[:, -1] = 101, 102
+        return {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "token_type_ids": np.zeros_like(ids),
+        }
+    if name == "magika_standard_v3_3":
+        return {"bytes": rng.integers(0, 256, (count, 2048)).astype(np.int32)}
+    if name == "silero_vad_op18_ifless":
+        time = np.arange(512) / 16000
+        pitch = rng.uniform(80, 400, (count, 1, 1))
+        voice = 0.3 * np.sin(2 * np.pi * pitch * time) + 0.05 * rng.standard_normal((count, 1, 512))
+        return {
+            "input": voice.astype(np.float32),
+            "state": np.zeros((count, 2, 1, 128), np.float32),
+            "sr": np.full(count, 16000, np.int64),
+        }
+    x = imagenet("tf" if name == "version-RFB-320" else "torch", 0, count)[0]
+    if name == "version-RFB-320":
+        padded = np.zeros((count, 3, 240, 320), np.float32)
+        padded[:, :, 8:232, 48:272] = x
+        return {"input": padded}
+    if name == "ch_PP-OCRv3_det_infer":
+        return {"x": x}
+    assert name == "sr_rlfn_x4"
+    return {"lr": np.clip((x * _STD + _MEAN) * 255, 0, 255)[:, :, :96, :96].astype(np.float32)}

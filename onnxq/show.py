@@ -26,6 +26,7 @@ def progress_bar(console: Console) -> tuple[Progress, Callable[[str, int, int], 
         MofNCompleteColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,  # a log gets no bars
     )
     tasks: dict[str, object] = {}
 

@@ -22,15 +22,20 @@ def required_opset(plan: Plan) -> int:
     """The lowest default-domain opset in which the plan's forms exist.
 
     Cast and constants of INT4/UINT4: opset 21. DequantizeLinear with one scale per channel: 13.
-    Cast of int8 and Mul with broadcasting, all that 8-bit float compute needs: 7.
+    Gemm without a C, for all basis nodes but the first: 11. Slice with its ends as inputs, which
+    cuts off the padding of the last block: 10. Cast of int8 and Mul with broadcasting: 7.
     """
-    needed = 7
-    for node in plan.quantized:
-        if stored_bits(node.bits) == PACKED_BITS:
-            needed = max(needed, 21)
-        elif node.activations == "dynamic":
-            needed = max(needed, 13)
-    return needed
+    return max((_required_opset(node) for node in plan.quantized), default=7)
+
+
+def _required_opset(node: NodePlan) -> int:
+    if stored_bits(node.bits) == PACKED_BITS:
+        return 21
+    if node.activations == "dynamic":
+        return 13
+    if node.op_type == "Gemm" and node.layout == "parallel" and node.terms > 1:
+        return 11
+    return 10 if node.block_size else 7
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Expand:
         """
         weights = match_plan(model, self.plan)
         names = Names(model)
-        stored: dict[tuple[int, str, str], StoredTerms] = {}
+        stored: dict[tuple[object, ...], StoredTerms] = {}
         todo = {node.name: node for node in self.plan.quantized}
         done: list[str] = []
         for _, graph in graphs(model):
@@ -76,13 +81,17 @@ class Expand:
         )
 
     def _stored(
-        self, stored: dict[tuple[int, str, str], StoredTerms], weight: Weight, entry: NodePlan
+        self, stored: dict[tuple[object, ...], StoredTerms], weight: Weight, entry: NodePlan
     ) -> StoredTerms:
         """The terms of a weight, made once per way in which they are stored."""
-        key: tuple[int, str, str] = (
+        key = (
             id(weight.tensor),
+            weight.out_last,
+            entry.op_type == "Conv",  # ConvInteger and MatMulInteger take other integer types
+            entry.activations,
+            entry.layout,
             entry.scales_key(),
-            f"{entry.op_type} {entry.activations} {entry.layout}",
+            *(scale.tobytes() for scale in self.plan.scales[entry.name]),
         )
         if key not in stored:
             series = node_series(weight, entry, self.plan)

@@ -31,7 +31,7 @@ def lower_dynamic(site: Site, quantizer: ActivationQuantizer) -> None:
 
     Given:   conv1(x, W, b)
     Result:  x -> quantize; conv1/term0 = ConvInteger(xq, q0) -> conv1/term0/rescaled; …;
-             Adds up to conv1/sum; conv1/bias
+             Adds up to conv1/sum; conv1/bias; merged: one conv1/merged instead of the terms
     """
     node, builder = site.node, site.builder
     count = len(site.stored.series)
@@ -115,7 +115,7 @@ def _matmul_term(site: Site, x: Any, group: tuple[int, ...], quantizer: Activati
 
 
 def _term_name(site: Site, group: tuple[int, ...]) -> str:
-    return site.name if len(group) > 1 else f"{site.name}/term{group[0]}"
+    return f"{site.name}/merged" if len(group) > 1 else f"{site.name}/term{group[0]}"
 
 
 def _bias(site: Site) -> Any:

@@ -61,17 +61,19 @@ def is_nonnegative(tensor: Any, seen: dict[int, bool] | None = None) -> bool:
 
 
 def _prove(tensor: Any, seen: dict[int, bool]) -> bool:
-    if is_constant(tensor):
-        array = values(tensor)
+    array = _fixed(tensor)
+    if array is not None:
         return array.dtype.kind in "fiu" and float(np.min(array, initial=0)) >= 0
     if not tensor.inputs:
         return False
     node = tensor.inputs[0]
+    if node.domain not in (None, "", "ai.onnx"):
+        return False
     if node.op in _ALWAYS:
         return True
     if node.op == "Clip":
         return _clip_minimum(node) >= 0
-    if node.op == "Resize" and node.attrs.get("mode", "nearest") != "cubic":
+    if node.op == "Resize" and _only_interpolates(node):
         return is_nonnegative(node.inputs[0], seen)
     if node.op in _FIRST:
         return is_nonnegative(node.inputs[0], seen)
@@ -84,6 +86,20 @@ def _clip_minimum(node: Any) -> float:
     if "min" in node.attrs:  # opset 6
         return float(node.attrs["min"])
     bound = node.inputs[1] if len(node.inputs) > 1 else None
-    if bound is None or not bound.name or not is_constant(bound):
-        return -np.inf
-    return float(np.min(values(bound)))  # some exporters write it as [1] instead of a scalar
+    array = None if bound is None or not bound.name else _fixed(bound)
+    # some exporters write it as [1] instead of a scalar
+    return -np.inf if array is None else float(np.min(array))
+
+
+def _only_interpolates(node: Any) -> bool:
+    outside = float(node.attrs.get("extrapolation_value", 0.0))
+    return node.attrs.get("mode", "nearest") != "cubic" and outside >= 0
+
+
+def _fixed(tensor: Any) -> Any:
+    """The value of an initializer, or of a Constant node (raising the opset adds some), or None."""
+    if is_constant(tensor):
+        return values(tensor)
+    if tensor.inputs and tensor.inputs[0].op == "Constant" and "value" in tensor.inputs[0].attrs:
+        return values(tensor.inputs[0].attrs["value"])
+    return None

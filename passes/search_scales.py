@@ -39,13 +39,13 @@ class SearchScales:
         """
         weights = match_plan(model, plan)
         todo = plan.quantized
-        shared: dict[tuple[int, str], str] = {}
+        shared: dict[tuple[int, bool, str], str] = {}
         for i, node in enumerate(todo):
             self.progress("planning", i, len(todo))
             if node.name in plan.scales:
                 continue
             weight = weights[node.name]
-            key = (id(weight.tensor), node.scales_key())
+            key = (id(weight.tensor), weight.out_last, node.scales_key())
             if key in shared:  # a weight that several nodes share is searched once
                 plan.scales[node.name] = plan.scales[shared[key]]
                 continue

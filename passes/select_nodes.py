@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -95,6 +95,8 @@ class SelectNodes:
             return "none", "depthwise: float compute, since ConvInteger is slower than float here"
         if node.op == "Conv" and len(weight.shape) > 4:
             return "none", "3-D: float compute, since onnxruntime has no fast 3-D ConvInteger"
+        if node.op == "MatMul" and len(weight.shape) > 2 and _is_vector(node.inputs[0]):
+            return "none", "vector times batched weight: float compute, as scales do not broadcast"
         return self.activations, None
 
     def _series(self, activations: Activations) -> SeriesKind:
@@ -131,6 +133,10 @@ def check_finite(node: gs.Node, weight: Weight) -> None:
             f"weight {weight.tensor.name!r} of {node.op} {node.name!r} has {bad} NaN or infinite "
             f"values: repair the model, or leave the node alone with --exclude {node.name!r}"
         )
+
+
+def _is_vector(tensor: Any) -> bool:
+    return tensor.shape is not None and len(tensor.shape) == 1
 
 
 def _kin_reason(node: gs.Node) -> str:

@@ -41,6 +41,12 @@ class StoredTerms:
     constants: dict[str, Any] = field(default_factory=dict)
     derived: dict[tuple[int, str], Any] = field(default_factory=dict)
 
+    @property
+    def _block(self) -> int | None:
+        """Values per stored block: a block longer than a row is not padded up to its size."""
+        size = self.plan.block_size
+        return None if size is None else min(size, int(self.series.terms[0].q.shape[1]))
+
     def float_weight(self, builder: Builder, indices: tuple[int, ...]) -> Any:
         """The float weight Σ scale·q over the named terms, in the weight's own shape.
 
@@ -57,7 +63,7 @@ class StoredTerms:
         total = parts[0]
         for i, part in zip(indices[1:], parts[1:], strict=True):
             total = builder.add("Add", f"{self._base(i)}/merged", [total, part])
-        return total if self.plan.block_size is None else self._unblock(builder, total)
+        return total if self._block is None else self._unblock(builder, total, self._block)
 
     def _float_term(self, builder: Builder, i: int) -> Any:
         term, base = self.series.terms[i], self._base(i)
@@ -66,12 +72,11 @@ class StoredTerms:
         as_float = builder.add("Cast", f"{base}/cast", [q], attrs={"to": TensorProto.FLOAT})
         return builder.add("Mul", f"{base}/dequantized", [as_float, scale])
 
-    def _unblock(self, builder: Builder, blocked: Any) -> Any:
+    def _unblock(self, builder: Builder, blocked: Any, block: int) -> Any:
         """From [out, blocks, block] (or [in blocks, block, out]) to the weight's shape."""
         base, shape = self.weight.tensor.name, self.weight.shape
         inputs = self.series.terms[0].q.shape[1]
-        assert self.plan.block_size is not None
-        padded = -(-inputs // self.plan.block_size) * self.plan.block_size
+        padded = -(-inputs // block) * block
         if padded != inputs:
             axis = len(shape) - 2 if self.weight.out_last else 1
             flat = (*shape[:-2], padded, shape[-1]) if self.weight.out_last else (shape[0], padded)
@@ -179,17 +184,17 @@ class StoredTerms:
         return self.weight.from_matrix(self.series.terms[i].q)
 
     def _stored_q(self, term: Term) -> Array:
-        if self.plan.block_size is None:
+        if self._block is None:
             return self.weight.from_matrix(term.q)
         out, inputs = term.q.shape
-        blocks = -(-inputs // self.plan.block_size)
-        padded = np.zeros((out, blocks * self.plan.block_size), np.int8)
+        blocks = -(-inputs // self._block)
+        padded = np.zeros((out, blocks * self._block), np.int8)
         padded[:, :inputs] = term.q
-        return self._turn(padded.reshape(out, blocks, self.plan.block_size))
+        return self._turn(padded.reshape(out, blocks, self._block))
 
     def _stored_scale(self, term: Term) -> Array:
         scale = np.asarray(term.scale, np.float32)
-        if self.plan.block_size is None:
+        if self._block is None:
             full = np.broadcast_to(scale, (term.q.shape[0],)) if scale.ndim == 0 else scale
             return full.reshape(self.weight.channel_shape())
         return self._turn(scale[:, :, None])

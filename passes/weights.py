@@ -94,6 +94,8 @@ class Weight:
 
 def find_weight(model: Model, node: gs.Node) -> Weight | str:
     """The weight of a candidate node, or the reason why it cannot be quantized."""
+    if node.domain not in (None, "", "ai.onnx"):
+        return f"is an operator of domain {node.domain!r}, whose meaning is not known"
     from_left = node.op == "MatMul" and is_constant(node.inputs[0])
     tensor = node.inputs[1] if len(node.inputs) > 1 else None
     if tensor is None or not tensor.name:

@@ -1,0 +1,47 @@
+# make demo    quantize the project's own model and show what became of it
+# make test    every test
+# make check   what CI runs: tests, lint, format, types
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= out
+
+.PHONY: demo test lint types check clean
+
+demo: $(VENV)/.run
+	@mkdir -p $(OUT)
+	$(BIN)/onnxq quantize models/digits_repvgg.onnx $(OUT)/digits_q.onnx \
+	  --data models/digits_test.npz --plan-out $(OUT)/digits_plan.json --report $(OUT)/report.html
+	$(BIN)/onnxq compare models/digits_repvgg.onnx $(OUT)/digits_q.onnx \
+	  --data models/digits_test.npz
+	@echo "report: $(OUT)/report.html   plan: $(OUT)/digits_plan.json"
+	@echo "open $(OUT)/digits_q.onnx in Netron to see the basis nodes"
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The package as installed: the tree itself has another layout (see pyproject, package-dir).
+types: $(VENV)/.dev
+	rm -rf build/site build/lib
+	$(BIN)/pip install --quiet --no-deps --target build/site .
+	cd build && MYPYPATH=site ../$(BIN)/mypy --config-file ../pyproject.toml -p onnxq
+
+check: test lint types
+
+$(VENV)/.run: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@ $(VENV)/.run
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
