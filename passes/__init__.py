@@ -4,6 +4,7 @@ from onnxq.passes.base import GraphPass, PassResult
 from onnxq.passes.constants_to_initializers import ConstantsToInitializers
 from onnxq.passes.expand import Expand, required_opset
 from onnxq.passes.fold_batch_norm import FoldBatchNorm
+from onnxq.passes.fold_linear_branches import FoldLinearBranches
 from onnxq.passes.freeze_parameters import FreezeParameters
 from onnxq.passes.name_nodes import NameNodes
 from onnxq.passes.remove_identity import RemoveIdentity
@@ -17,7 +18,8 @@ PIPELINE: tuple[GraphPass, ...] = (
     FreezeParameters(),  # before anything asks whether a weight is constant
     RemoveIdentity(),  # before constants: a Constant may reach its reader through an Identity
     ConstantsToInitializers(),  # before folding: weights of some exporters are Constant nodes
-    FoldBatchNorm(),  # last: needs constant weights and direct Conv -> BatchNormalization edges
+    FoldBatchNorm(),  # needs constant weights and direct Conv -> BatchNormalization edges
+    FoldLinearBranches(),  # after the simple folds: what is left are branches and longer chains
 )
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "ConstantsToInitializers",
     "Expand",
     "FoldBatchNorm",
+    "FoldLinearBranches",
     "FreezeParameters",
     "GraphPass",
     "NameNodes",

@@ -28,6 +28,10 @@ class Names:
         """`wanted`, or `wanted_1`, … if a node has that name."""
         return _take(wanted, self._nodes)
 
+    def free_node(self, name: str) -> None:
+        """Let the name of a node that was removed be taken again."""
+        self._nodes.discard(name)
+
     def tensor(self, wanted: str) -> str:
         """`wanted`, or `wanted_1`, … if a tensor has that name."""
         return _take(wanted, self._tensors)
@@ -73,6 +77,10 @@ class Builder:
         """The graph that gets the nodes."""
         return self._graph
 
+    def back(self, count: int) -> None:
+        """Move the place of insertion, after `count` nodes ahead of it were removed."""
+        self._at -= count
+
     def variable(self, name: str) -> gs.Variable:
         """A tensor with a name of its own, for a node still to come."""
         return gs.Variable(self._names.tensor(name))
@@ -110,7 +118,7 @@ class Builder:
             inputs=list(inputs),
             outputs=made,
         )
-        if metadata:
+        if metadata is not None:
             set_metadata(node, {"onnxq.pass": self._pass, **metadata})
         self._graph.nodes.insert(self._at, node)
         self._at += 1
