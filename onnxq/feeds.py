@@ -47,7 +47,7 @@ class Data:
         for start in range(0, len(self), self.step):
             here = slice(start, start + self.step)
             yield {
-                name: array[start] if array.ndim > self.ranks[name] else array[here]
+                name: array[start, ...] if array.ndim > self.ranks[name] else array[here]
                 for name, array in self.arrays.items()
             }
 

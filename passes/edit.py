@@ -77,6 +77,10 @@ class Builder:
         """The graph that gets the nodes."""
         return self._graph
 
+    def skip(self) -> None:
+        """Move the place of insertion behind the node that it stood before."""
+        self._at += 1
+
     def back(self, count: int) -> None:
         """Move the place of insertion, after `count` nodes ahead of it were removed."""
         self._at -= count

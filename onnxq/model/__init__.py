@@ -6,6 +6,7 @@ save(model, "out.onnx")         # all or nothing
 """
 
 from onnxq.model.boundary import constant, renamed
+from onnxq.model.evaluate import element_type, evaluate
 from onnxq.model.opset import raise_opset
 from onnxq.model.read import load
 from onnxq.model.types import (
@@ -22,6 +23,8 @@ from onnxq.model.write import save, to_proto
 __all__ = [
     "Model",
     "constant",
+    "element_type",
+    "evaluate",
     "get_metadata",
     "graphs",
     "is_constant",

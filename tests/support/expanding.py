@@ -11,13 +11,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
+from small import run
+
 from onnxq.kernels_ref import Series, realize
 from onnxq.model import load, to_proto
 from onnxq.passes import SelectNodes
 from onnxq.passes.search_scales import no_progress
 from onnxq.pipeline import Rewritten, rewrite
 from onnxq.plan import NodePlan, Plan
-from small import run
 
 # Unit roundoff of float32: one operation changes its result by at most this fraction.
 U32 = 2.0**-24
@@ -116,9 +117,7 @@ def optimized(proto: onnx.ModelProto) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(path)
-        ort.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return onnx.load(path)
 
 
