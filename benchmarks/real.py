@@ -50,6 +50,23 @@ def classifier_data(name: str, count: int = 500) -> dict[str, np.ndarray]:
 CLASSIFIERS = ("cifar10_resnet20", "squeezenet1.1", "mobilenet_v1_0.75_224")
 
 
+def _pages(count: int) -> np.ndarray:
+    """Pictures of a few words, 3×224×224: a text detector has nothing to say about other images."""
+    from PIL import Image, ImageDraw
+
+    rng = np.random.default_rng(0)
+    pages = []
+    for _ in range(count):
+        page = Image.new("RGB", (224, 224), tuple(int(v) for v in rng.integers(180, 256, 3)))
+        draw = ImageDraw.Draw(page)
+        for line in range(4):
+            word = "".join(chr(int(c)) for c in rng.integers(97, 123, 9))
+            place = (int(rng.integers(5, 60)), 20 + 50 * line)
+            draw.text(place, word, fill=(20, 20, 40), font_size=28)
+        pages.append((np.asarray(page, np.float32).transpose(2, 0, 1) / 255 - _MEAN) / _STD)
+    return np.stack(pages).astype(np.float32)
+
+
 def samples(name: str, count: int = 16) -> dict[str, np.ndarray]:
     """Inputs of the right kind for any of the models, without labels."""
     rng = np.random.default_rng(0)
@@ -80,6 +97,6 @@ def samples(name: str, count: int = 16) -> dict[str, np.ndarray]:
         padded[:, :, 8:232, 48:272] = x
         return {"input": padded}
     if name == "ch_PP-OCRv3_det_infer":
-        return {"x": x}
+        return {"x": _pages(count)}
     assert name == "sr_rlfn_x4"
     return {"lr": np.clip((x * _STD + _MEAN) * 255, 0, 255)[:, :, :96, :96].astype(np.float32)}

@@ -49,6 +49,7 @@ def main(
                     data={key: value[:1] for key, value in data.items()},
                 )
                 found = onnxq.compare(path, target, data=data, latency=latency, threads=1)
+                report = made.report
                 worst = max(output.relative_error for output in found.outputs)
                 agreement = found.outputs[0].top1_agreement
                 table.add_row(
@@ -58,7 +59,7 @@ def main(
                     "–" if agreement is None else f"{agreement:.3f}",
                     f"{found.size_ratio:.3f}",
                     "–" if found.latency_ratio is None else f"{found.latency_ratio:.2f}",
-                    f"{made.report.quantized}/{made.report.quantized + len(made.report.left_alone)}",
+                    f"{report.quantized}/{report.quantized + len(report.left_alone)}",
                 )
     Console(width=100).print(table)
 

@@ -50,14 +50,17 @@ class LinearMap:
     end: tuple[int, ...] = ()
 
     @property
-    def pointwise(self) -> bool:
-        """Whether each output position reads one input position."""
-        return self.kernel is None or all(k == 1 for k in self.kernel.shape[2:])
-
-    @property
     def padded(self) -> bool:
         """Whether zeros are put around the input."""
         return any(self.begin) or any(self.end)
+
+    def padded_along(self, axis: int) -> bool:
+        """Whether zeros are put around the input along one spatial axis."""
+        return bool(self.begin) and bool(self.begin[axis] or self.end[axis])
+
+    def one_to_one(self, axis: int) -> bool:
+        """Whether, along one spatial axis, every position is read, and read alone."""
+        return self.kernel is None or (self.kernel.shape[2 + axis] == 1 and self.strides[axis] == 1)
 
     @property
     def unit_stride(self) -> bool:
@@ -137,18 +140,22 @@ def channels_out(m: LinearMap) -> int | None:
 def sequence(first: LinearMap, then: LinearMap) -> LinearMap:
     """The map that computes then(first(x)).
 
+    Zeros that `then` puts around first(x) are zeros around x only along an axis on which `first`
+    reads one position per output, and only if `first` has no bias.
+
     Raises:
         Unfoldable: no single Conv computes it, borders included.
     """
     if then.padded and not first.keeps_zero:
         raise Unfoldable("a bias ahead of padding: the border would come out differently")
+    for axis in range(len(then.begin)):
+        if then.padded_along(axis) and not first.one_to_one(axis):
+            raise Unfoldable(
+                "padding after a kernel or a stride: the border would come out differently"
+            )
     if first.kernel is None and then.kernel is None:
         return _affines(first, then)
     if then.kernel is None:
-        if then.padded and not first.pointwise:
-            raise Unfoldable("padding after a kernel: the border would come out differently")
-        if then.padded and not first.unit_stride:
-            raise Unfoldable("padding after a stride")
         return _then_affine(first, then)
     if first.kernel is None:
         return _affine_first(first, then)
@@ -156,6 +163,9 @@ def sequence(first: LinearMap, then: LinearMap) -> LinearMap:
 
 
 def _affines(first: LinearMap, then: LinearMap) -> LinearMap:
+    known = channels_out(first)
+    if known is not None:
+        _same_channels(known, then)
     begin, end = _added(first.begin, then.begin), _added(first.end, then.end)
     ones = tuple(1 for _ in begin)
     scale, bias = first.scale * then.scale, first.bias * then.scale + then.bias
@@ -205,51 +215,78 @@ def _per_output(values: Array, m: LinearMap) -> Array:
 
 
 def _kernels(first: LinearMap, then: LinearMap) -> LinearMap:
+    """Tap t of `then` reads tap u of `first` at x0[i·s1·s2 + t·d2·s1 + u·d1 − pads].
+
+    ⌊⌊n/s1⌋/s2⌋ = ⌊n/(s1·s2)⌋, so that the output size is right as well.
+    """
     assert first.kernel is not None
     assert then.kernel is not None
     if first.kernel.ndim != then.kernel.ndim:
         raise Unfoldable("the kernels have different ranks")
     if first.kernel.shape[0] != then.kernel.shape[1] * then.groups:
         raise Unfoldable("the channels do not match")
-    if first.pointwise and first.unit_stride:
-        # then's taps, each reading one position of x (padded by both)
-        strides, dilations = then.strides, then.dilations
-        begin, end = _added(first.begin, then.begin), _added(first.end, then.end)
-    elif then.pointwise and not then.padded:
-        strides = tuple(a * b for a, b in zip(first.strides, then.strides, strict=True))
-        # ⌊⌊n/a⌋/b⌋ = ⌊n/(a·b)⌋, so first's own padding gives the right output size
-        dilations, begin, end = first.dilations, first.begin, first.end
-    else:
-        raise Unfoldable("neither kernel is pointwise")
+    one, two = first.kernel.shape[2:], then.kernel.shape[2:]
+    apart_one = first.dilations
+    apart_two = tuple(d * s for d, s in zip(then.dilations, first.strides, strict=True))
+    steps, shape = [], []
+    for k1, d1, k2, d2 in zip(one, apart_one, two, apart_two, strict=True):
+        steps.append(math.gcd(d1 * (k1 > 1), d2 * (k2 > 1)) or 1)
+        shape.append(((k1 - 1) * d1 + (k2 - 1) * d2) // steps[-1] + 1)
     groups = math.gcd(first.groups, then.groups)
-    shape = tuple(
-        max(a, b) for a, b in zip(first.kernel.shape[2:], then.kernel.shape[2:], strict=True)
-    )
     inputs = first.kernel.shape[1] * first.groups
     out = then.kernel.shape[0]
     if out * inputs // groups * math.prod(shape) > _LARGEST:
         raise Unfoldable("the folded kernel would be very large")
+    # [g, mid/g, in/g, taps] and [g, out/g, mid/g, taps]
     a = regroup(first.kernel, first.groups, groups)
+    a = a.reshape(groups, -1, inputs // groups, *one)
     b = regroup(then.kernel, then.groups, groups)
-    # [g, out/g, mid/g, taps] and [g, mid/g, in/g, taps]; one of the two has a single tap
-    b = b.reshape(groups, out // groups, -1, math.prod(b.shape[2:]))
-    a = a.reshape(groups, -1, inputs // groups, math.prod(a.shape[2:]))
-    kernel = np.einsum("gomt,gmiu->goitu", b, a, optimize=True)
+    b = b.reshape(groups, out // groups, -1, *two)
+    kernel = np.zeros((groups, out // groups, inputs // groups, *shape))
+    along_one = tuple(d // step for d, step in zip(apart_one, steps, strict=True))
+    along_two = tuple(d // step for d, step in zip(apart_two, steps, strict=True))
+    if math.prod(one) < math.prod(two):  # one product per tap of the smaller kernel
+        for tap in np.ndindex(*one):
+            product = np.einsum("gom...,gmi->goi...", b, a[_all_at(tap)], optimize=True)
+            kernel[_taps(tap, along_one, two, along_two)] += product
+    else:
+        for tap in np.ndindex(*two):
+            product = np.einsum("gom,gmi...->goi...", b[_all_at(tap)], a, optimize=True)
+            kernel[_taps(tap, along_two, one, along_one)] += product
     bias = then.bias
     if not first.keeps_zero:
         mid = first.kernel.shape[0]
         moved = np.broadcast_to(first.bias, (mid,)).reshape(groups, -1)
-        bias = bias + np.einsum("gomt,gm->go", b, moved).reshape(-1)
+        summed = b.reshape(*b.shape[:3], -1).sum(axis=3)
+        bias = bias + np.einsum("gom,gm->go", summed, moved).reshape(-1)
     return LinearMap(
         kernel.reshape(out, inputs // groups, *shape),
         np.ones(()),
         bias,
         groups,
-        strides,
-        dilations,
-        begin,
-        end,
+        tuple(s * t for s, t in zip(first.strides, then.strides, strict=True)),
+        tuple(step if k > 1 else 1 for step, k in zip(steps, shape, strict=True)),
+        _added(first.begin, then.begin),
+        _added(first.end, then.end),
     )
+
+
+def _taps(
+    at: tuple[int, ...], apart: tuple[int, ...], count: tuple[int, ...], step: tuple[int, ...]
+) -> Any:
+    """Where `count` taps, `step` apart, fall on the grid, the first one at `at` · `apart`."""
+    starts = [i * d for i, d in zip(at, apart, strict=True)]
+    return _all_at(
+        tuple(
+            slice(begin, begin + (k - 1) * s + 1, s)
+            for begin, k, s in zip(starts, count, step, strict=True)
+        )
+    )
+
+
+def _all_at(where: tuple[Any, ...]) -> Any:
+    """An index of the last axes, all of the first ones."""
+    return (..., *where)
 
 
 def regroup(kernel: Array, groups: int, fewer: int) -> Array:
@@ -275,11 +312,14 @@ def add(a: LinearMap, b: LinearMap) -> LinearMap:
     """The map that computes a(x) + b(x).
 
     Raises:
-        Unfoldable: the two have other strides, paddings, or dilations, or one would broadcast.
+        Unfoldable: the two have other strides or output sizes, or one would broadcast.
     """
     if a.kernel is None and b.kernel is None:
-        if a.padded or b.padded:
-            raise Unfoldable("the sum of padded tensors has no kernel")
+        if a.begin != b.begin or a.end != b.end:
+            raise Unfoldable("the sum of tensors that are padded differently has no kernel")
+        known = channels_out(a)
+        if known is not None:
+            _same_channels(known, b)
         return replace(a, scale=a.scale + b.scale, bias=a.bias + b.bias)
     if a.kernel is None:
         a, b = b, a
@@ -344,17 +384,11 @@ class _Frame:
         shape, dilations, begin, end = [], [], [], []
         for axis, (ka, kb) in enumerate(zip(a.kernel.shape[2:], b.kernel.shape[2:], strict=True)):
             da, db = a.dilations[axis], b.dilations[axis]
-            if ka > 1 and kb > 1 and da != db:
-                raise Unfoldable("the branches have different dilations")
-            step = da if ka > 1 else db
             (pa, ea), (pb, eb) = (a.begin[axis], a.end[axis]), (b.begin[axis], b.end[axis])
             if pa + ea - (ka - 1) * da != pb + eb - (kb - 1) * db:
                 raise Unfoldable("the branches have outputs of different size")
-            if (pa - pb) % step:
-                if ka > 1 and kb > 1:
-                    raise Unfoldable("the taps of the branches do not fall on one grid")
-                # a single tap between the taps of a dilated kernel
-                raise Unfoldable("a tap falls between the taps of a dilated kernel")
+            # the coarsest grid that holds the taps of both
+            step = math.gcd(da * (ka > 1), db * (kb > 1), pa - pb) or 1
             first = max(pa, pb)
             reach = max((ka - 1) * da - pa, (kb - 1) * db - pb)
             shape.append((reach + first) // step + 1)
@@ -374,8 +408,9 @@ class _Frame:
         where: list[slice] = []
         for axis, taps in enumerate(kernel.shape[2:]):
             start = (self.begin[axis] - m.begin[axis]) // self.dilations[axis]
-            where.append(slice(start, start + taps))
-        placed[(slice(None), slice(None), *where)] = kernel
+            apart = max(m.dilations[axis] // self.dilations[axis], 1)
+            where.append(slice(start, start + (taps - 1) * apart + 1, apart))
+        placed[_all_at(tuple(where))] = kernel
         return placed
 
 
@@ -393,6 +428,7 @@ def _added(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _same_channels(channels: int, m: LinearMap) -> None:
+    """A map of one channel beside several would broadcast: refused."""
     known = channels_out(m)
-    if known not in (None, 1, channels):
+    if known not in (None, channels):
         raise Unfoldable(f"{known} values for {channels} channels")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         PassError,
         ValidationError,
     )
+    from onnxq.folding import FoldReport, FoldResult, fold
     from onnxq.inspection import Inspection, inspect
     from onnxq.plan import NodePlan, Plan
     from onnxq.report import Report
@@ -28,6 +29,8 @@ _HOME = {
     "CalibrationError": "errors",
     "Comparison": "comparison",
     "ConfigError": "errors",
+    "FoldReport": "folding",
+    "FoldResult": "folding",
     "Inspection": "inspection",
     "ModelError": "errors",
     "NodePlan": "plan",
@@ -38,6 +41,7 @@ _HOME = {
     "Result": "api",
     "ValidationError": "errors",
     "compare": "comparison",
+    "fold": "folding",
     "inspect": "inspection",
     "quantize": "api",
 }
@@ -46,6 +50,8 @@ __all__ = [
     "CalibrationError",
     "Comparison",
     "ConfigError",
+    "FoldReport",
+    "FoldResult",
     "Inspection",
     "ModelError",
     "NodePlan",
@@ -56,6 +62,7 @@ __all__ = [
     "Result",
     "ValidationError",
     "compare",
+    "fold",
     "inspect",
     "quantize",
 ]

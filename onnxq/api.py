@@ -13,17 +13,16 @@ import onnx
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic import ValidationError as Invalid
 
-from onnxq.comparison import Comparison, compare_sessions
-from onnxq.errors import ConfigError, ValidationError
-from onnxq.feeds import Samples, choose_samples
+from onnxq.errors import ConfigError
 from onnxq.files import model_bytes
 from onnxq.kernels_ref import SeriesKind
 from onnxq.model import Model, load, save, to_proto
 from onnxq.passes import SelectNodes
 from onnxq.pipeline import rewrite
-from onnxq.plan import Activations, Layout, Plan
+from onnxq.plan import Activations, Layout, Plan, scales_path
 from onnxq.report import Report, make_report
 from onnxq.session import open_session
+from onnxq.validation import DataSource, Validation, check_targets, reference_of, size_of
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
@@ -42,6 +41,7 @@ class Options(BaseModel):
     block_size: int | None = Field(default=None, ge=2)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    embeddings: bool = False
 
     @classmethod
     def checked(cls, **options: Any) -> Options:
@@ -132,7 +132,8 @@ def quantize(
     block_size: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    data: str | Path | Mapping[str, Array] | None = None,
+    embeddings: bool = False,
+    data: DataSource = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     plan: Plan | str | Path | None = None,
     plan_out: str | Path | None = None,
@@ -151,6 +152,8 @@ def quantize(
         layout: parallel (a node per term, summed by Add) or merged (terms summed as weights).
         block_size: one scale per so many inputs of a channel; float compute only.
         include, exclude: globs of node names; only matching / all but matching ones are quantized.
+        embeddings: also quantize the tables that Gather reads rows of; they are float again once
+            onnxruntime has loaded the model, so this is for the file's size alone.
         data: samples to validate on, an .npz or a mapping input name -> array.
         input_shapes: shapes of the made-up inputs used without data.
         plan: do what this plan says instead of planning.
@@ -170,26 +173,35 @@ def quantize(
         activations=activations,
         layout=layout,
         block_size=block_size,
-        include=tuple(include),
-        exclude=tuple(exclude),
+        include=_globs(include),
+        exclude=_globs(exclude),
+        embeddings=embeddings,
     )
-    given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    given = _given(plan)
     source = load(model)
+    targets = {"output": output, "plan": plan_out}
+    if plan_out is not None:
+        targets["file of scales"] = scales_path(Path(plan_out))
+    check_targets(source, targets, {"data": data})
     opset_before = source.opset
-    check = _Validation(_reference(model), data, input_shapes or {})
+    check = Validation(reference_of(model), data, input_shapes or {})
     rewritten = rewrite(source, options.select(), given, progress or _silent)
+
+    def verify(written: Path | bytes) -> None:
+        check(written)
+        if plan_out is not None:  # before the model is in its place: all files or none
+            rewritten.plan.save(plan_out)
+
     if output is None:
         content = to_proto(rewritten.model).SerializeToString()
-        check(content)
+        verify(content)
         after = len(content)
     else:
-        save(rewritten.model, output, verify=check)
+        save(rewritten.model, output, verify=verify)
         after = model_bytes(Path(output))
-    if plan_out is not None:
-        rewritten.plan.save(plan_out)
     report = make_report(
         rewritten,
-        sizes=(_size(model), after),
+        sizes=(size_of(model), after),
         opset_before=opset_before,
         comparison=check.found,
         warnings=check.warnings,
@@ -198,46 +210,19 @@ def quantize(
     return Result(rewritten.plan, report, path, rewritten.model)
 
 
-class _Validation:
-    """Loads a written model beside the float one and compares them.
+def _globs(globs: Sequence[str]) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
 
-    The samples are chosen, and the user's data checked, before any long work is done.
-    """
 
-    def __init__(
-        self,
-        reference: Path | bytes,
-        data: str | Path | Mapping[str, Array] | None,
-        shapes: Mapping[str, Sequence[int]],
-    ) -> None:
-        self._reference = reference
-        self._samples: Samples | None = None
-        self.found: Comparison | None = None
-        self.warnings: tuple[str, ...] = ()
-        try:
-            self._samples = choose_samples(open_session(reference), data, shapes)
-        except ValidationError as error:
-            what = "" if data is not None else " on made-up inputs"
-            self.warnings = (
-                f"not validated: the float model itself fails{what} ({error}); give --data",
-            )
-
-    def __call__(self, written: Path | bytes) -> None:
-        actual = open_session(written)
-        if self._samples is not None:
-            self.found = compare_sessions(open_session(self._reference), actual, self._samples)
+def _given(plan: Plan | str | Path | None) -> Plan | None:
+    if isinstance(plan, (str, Path)):
+        return Plan.load(plan)
+    # planning fills in scales; the caller's plan stays as it is
+    return plan and plan.model_copy(update={"scales": dict(plan.scales)})
 
 
 def _load_only(written: Path) -> None:
     open_session(written)
-
-
-def _reference(model: str | os.PathLike[str] | onnx.ModelProto) -> Path | bytes:
-    return model.SerializeToString() if isinstance(model, onnx.ModelProto) else Path(model)
-
-
-def _size(model: str | os.PathLike[str] | onnx.ModelProto) -> int:
-    return model.ByteSize() if isinstance(model, onnx.ModelProto) else model_bytes(Path(model))
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

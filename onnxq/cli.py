@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 import onnxq
 from onnxq.comparison import compare as run_compare
-from onnxq.errors import OnnxqError
+from onnxq.errors import ConfigError, OnnxqError
 from onnxq.feeds import parse_shape
-from onnxq.files import write_whole
+from onnxq.files import check_target, write_whole
+from onnxq.folding import fold as run_fold
 from onnxq.inspection import inspect as run_inspect
-from onnxq.show import progress_bar, show_comparison, show_inspection, show_report
+from onnxq.show import (
+    make_console,
+    make_page,
+    progress_bar,
+    show_comparison,
+    show_fold,
+    show_inspection,
+    show_report,
+)
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+_PAGES = (".html", ".htm")
+
+# A wrong option. typer does not export the class; it is click's, or typer's own copy of it.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     help="Rewrite an ONNX model into parallel integer-weight basis nodes summed by Add nodes: "
     "small, and still right on stock onnxruntime, without training and without data.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -75,6 +89,9 @@ def quantize(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Leave nodes whose name matches alone. Repeatable.")
     ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Quantize embedding tables too (file size).")
+    ] = False,
     data: DataFile = None,
     input_shape: Shapes = None,
     plan: Annotated[
@@ -89,8 +106,10 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Quantize a float model, validate the result on onnxruntime, and write it."""
-    console = Console(quiet=quiet, record=report is not None)
-    bar, progress = progress_bar(Console(stderr=True, quiet=quiet))
+    if report is not None:
+        _check_report(report, {"input": source, "output": target, "data": data, "plan": plan_out})
+    console = make_console(quiet=quiet)
+    bar, progress = progress_bar(make_console(stderr=True, quiet=quiet))
     with nullcontext() if quiet else bar:
         result = onnxq.quantize(
             source,
@@ -103,18 +122,52 @@ def quantize(
             block_size=block_size,
             include=include or (),
             exclude=exclude or (),
+            embeddings=embeddings,
             data=data,
-            input_shapes=dict(map(parse_shape, input_shape or ())),
+            input_shapes=_shapes(input_shape),
             plan=plan,
             plan_out=plan_out,
             progress=progress,
         )
-    show_report(console, result.report)
-    console.print(f"wrote {target}", markup=False, highlight=False)
     if report is not None:
-        html = report.suffix.lower() in (".html", ".htm")
-        text = console.export_html() if html else result.report.model_dump_json(indent=1) + "\n"
-        write_whole(report, text.encode())
+        html = report.suffix.lower() in _PAGES
+        text = make_page(result.report) if html else result.report.model_dump_json(indent=1) + "\n"
+        write_whole({report: text.encode()})
+    show_report(console, result.report)
+    console.print(f"wrote {target}")
+
+
+def _check_report(path: Path, keep: dict[str, Path | None]) -> None:
+    if path.suffix.lower() not in (".json", *_PAGES):
+        raise ConfigError(f"--report {path}: give a name that ends in .json or .html")
+    check_target("report", path, {f"the {name}": file for name, file in keep.items() if file})
+
+
+def _shapes(texts: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in map(parse_shape, texts or ()):
+        if shapes.setdefault(name, shape) != shape:
+            raise ConfigError(f"--input-shape: input {name!r} has two shapes; give one")
+    return shapes
+
+
+@app.command()
+def fold(
+    source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The float model.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write.")],
+    data: DataFile = None,
+    input_shape: Shapes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Only the exact float folds: branches, batch norms, constants. The model stays float."""
+    result = run_fold(source, target, data=data, input_shapes=_shapes(input_shape))
+    if as_json:
+        typer.echo(result.report.model_dump_json(indent=1))
+        return
+    console = make_console(quiet=quiet)
+    show_fold(console, result.report)
+    console.print(f"wrote {target}")
 
 
 @app.command()
@@ -125,7 +178,7 @@ def compare(
     input_shape: Shapes = None,
     latency: Annotated[bool, typer.Option(help="Also measure the ratio of latencies.")] = True,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of onnxruntime; its default if not given.")
+        int | None, typer.Option(min=1, help="Threads of onnxruntime; its default if not given.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -134,14 +187,14 @@ def compare(
         float_model,
         quantized_model,
         data=data,
-        input_shapes=dict(map(parse_shape, input_shape or ())),
+        input_shapes=_shapes(input_shape),
         latency=latency,
         threads=threads,
     )
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
     else:
-        show_comparison(Console(), found)
+        show_comparison(make_console(), found)
 
 
 @app.command()
@@ -154,7 +207,7 @@ def inspect(
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
     else:
-        show_inspection(Console(), found)
+        show_inspection(make_console(), found)
 
 
 def _version(wanted: bool) -> None:
@@ -174,8 +227,21 @@ def options(
 
 def main() -> None:
     """Run the command line; what a user got wrong ends in one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack × or a letter of a name
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except OnnxqError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_BAD_INPUT)
+        _stop(str(error), EXIT_BAD_INPUT)
+    except _UsageError as error:
+        hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+        _stop(error.format_message().rstrip(".") + hint, EXIT_BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("interrupted", EXIT_INTERRUPTED)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    """One line, whatever a file has put into the message."""
+    typer.echo(f"error: {' '.join(message.splitlines())}", err=True)
+    sys.exit(code)

@@ -82,7 +82,7 @@ def compare(
     """
     for path in (float_model, quantized_model):
         if not Path(path).is_file():
-            raise ConfigError(f"model {path}: no such file")
+            raise ConfigError(f"model {path}: no such file; check the path")
     reference = open_session(float_model, threads=threads)
     actual = open_session(quantized_model, threads=threads)
     samples = choose_samples(reference, data, input_shapes or {})
@@ -102,8 +102,15 @@ def compare_sessions(
     Raises: as `compare`.
     """
     names = [output.name for output in reference.get_outputs()]
-    if names != [output.name for output in actual.get_outputs()]:
-        raise ValidationError("the two models have different outputs: they are no pair")
+    for what, one, other in (
+        ("outputs", names, [output.name for output in actual.get_outputs()]),
+        ("inputs", _input_names(reference), _input_names(actual)),
+    ):
+        if one != other:
+            raise ValidationError(
+                f"the two models are no pair: their {what} are {one} and {other}; give a float "
+                "model and what was made from it"
+            )
     sums, hits = _measure(reference, actual, samples, names)
     accuracy = (None, None) if samples.label is None else tuple(hit / len(samples) for hit in hits)
     return Comparison(
@@ -127,26 +134,38 @@ def _measure(
     for feed in samples:
         wanted, got = run(reference, feed), run(actual, feed)
         for name, r, a in zip(names, wanted, got, strict=True):
-            if isinstance(r, np.ndarray) and r.dtype.kind in "fiub" and r.size:
+            if isinstance(r, np.ndarray) and r.dtype.kind in "fiub":
                 _check_output(name, r, a)
-                sums.setdefault(name, ErrorSums()).add(r, a)
+                if r.size:
+                    sums.setdefault(name, ErrorSums()).add(r, a)
         if samples.label is not None:
-            batch = samples.label[seen : seen + len(wanted[0])]
+            batch = samples.label[seen : seen + samples.step]
             seen += len(batch)
             for i, outputs in enumerate((wanted, got)):
-                hits[i] += int(np.sum(_classes(outputs[0]) == np.ravel(batch)))
+                hits[i] += int(np.sum(_classes(outputs[0], len(batch)) == batch))
     return sums, hits
 
 
-def _classes(output: Array) -> Array:
-    if output.ndim != 2:
+def _input_names(session: ort.InferenceSession) -> list[str]:
+    return sorted(value.name for value in session.get_inputs())
+
+
+def _classes(output: Any, samples: int) -> Array:
+    if not isinstance(output, np.ndarray) or output.ndim != 2 or len(output) != samples:
+        shape = list(output.shape) if isinstance(output, np.ndarray) else type(output).__name__
         raise ConfigError(
-            f"data: `label` needs a classifier, but the first output has shape {output.shape}"
+            f"data: `label` needs a classifier whose first output is [{samples}, classes] for "
+            f"{samples} samples, not {shape}: leave `label` away"
         )
     return np.asarray(np.argmax(output, axis=1))
 
 
-def _check_output(name: str, reference: Array, actual: Array) -> None:
+def _check_output(name: str, reference: Array, actual: Any) -> None:
+    kind = actual.dtype.name if isinstance(actual, np.ndarray) else type(actual).__name__
+    if kind != reference.dtype.name:
+        raise ValidationError(
+            f"output {name!r} is {kind}, the float model's {reference.dtype.name}"
+        )
     if reference.shape != actual.shape:
         raise ValidationError(
             f"output {name!r} has shape {list(actual.shape)}, the float model's "

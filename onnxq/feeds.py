@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from onnxq.errors import ConfigError, ValidationError
+from onnxq.files import read_arrays
 from onnxq.session import InputSpec, input_specs, run
 
 Array = npt.NDArray[Any]
@@ -66,6 +66,11 @@ class Samples:
     def __iter__(self) -> Iterator[Feed]:
         return iter(self.feeds)
 
+    @property
+    def step(self) -> int:
+        """Samples per feed."""
+        return self.feeds.step if isinstance(self.feeds, Data) else 1
+
 
 def choose_samples(
     reference: ort.InferenceSession,
@@ -80,7 +85,13 @@ def choose_samples(
     """
     specs = input_specs(reference)
     if data is not None:
+        if shapes:
+            raise ConfigError("--input-shape is for made-up inputs: leave it away with --data")
         loaded = load_data(data, specs)
+        try:
+            run(reference, next(iter(loaded)))
+        except ValidationError as error:
+            raise ConfigError(f"{_where(data)}: the float model fails on it: {error}") from None
         return Samples(loaded, loaded.label, made_up=False)
     return Samples(made_up_feeds(specs, shapes, partial(run, reference)), None, made_up=True)
 
@@ -96,9 +107,15 @@ def load_data(source: str | Path | Mapping[str, Array], specs: Sequence[InputSpe
         ConfigError: the file cannot be read, or an array is missing, superfluous, of another dtype
             or shape, of another length than the rest, or holds NaN.
     """
-    where = f"data {source}" if isinstance(source, (str, Path)) else "data"
-    arrays = dict(_read(Path(source)) if isinstance(source, (str, Path)) else source)
+    where = _where(source)
+    arrays = (
+        read_arrays(Path(source), "data")
+        if isinstance(source, (str, Path))
+        else {name: np.asarray(array) for name, array in source.items()}
+    )
     label = arrays.pop(LABEL, None) if LABEL not in {s.name for s in specs} else None
+    if not specs:
+        raise ConfigError(f"{where}: the model has no inputs; leave the data away")
     wanted = {spec.name: spec for spec in specs}
     missing = sorted(set(wanted) - set(arrays))
     unknown = sorted(set(arrays) - set(wanted))
@@ -111,24 +128,24 @@ def load_data(source: str | Path | Mapping[str, Array], specs: Sequence[InputSpe
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise ConfigError(f"{where}: the arrays hold different or no numbers of samples: {lengths}")
     samples = next(iter(lengths.values()))
-    if label is not None and len(label) != samples:
-        raise ConfigError(f"{where}: {len(label)} labels for {samples} samples")
+    if label is not None:
+        label = _check_label(where, label, samples)
     ranks = {spec.name: len(spec.shape) for spec in specs}
     return Data(checked, ranks, label, _step(where, checked, specs))
 
 
-def _read(path: Path) -> dict[str, Array]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ConfigError(f"data {path}: holds one array; an .npz with names is needed")
-            return {name: archive[name] for name in archive.files}
-    except OSError as error:
-        raise ConfigError(f"data {path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, zipfile.BadZipFile, EOFError):
+def _where(source: str | Path | Mapping[str, Array]) -> str:
+    return f"data {source}" if isinstance(source, (str, Path)) else "data"
+
+
+def _check_label(where: str, label: Array, samples: int) -> Array:
+    if label.dtype.kind not in "iu":
         raise ConfigError(
-            f"data {path}: not an .npz of plain arrays; write it with numpy.savez"
-        ) from None
+            f"{where}: array {LABEL!r} is {label.dtype.name}; give the classes as integers"
+        )
+    if label.size != samples:
+        raise ConfigError(f"{where}: {label.size} labels for {samples} samples")
+    return label.ravel()
 
 
 def _check(where: str, array: Array, spec: InputSpec) -> Array:
@@ -150,7 +167,8 @@ def _check(where: str, array: Array, spec: InputSpec) -> Array:
                 f"{where}: array {spec.name!r} has shape {list(array.shape)}, the input "
                 f"{list(spec.shape)}: dimension {axis} differs"
             )
-    array = np.ascontiguousarray(array.astype(spec.dtype, copy=False))
+    with np.errstate(over="ignore"):  # what overflows becomes Inf, and is refused below
+        array = np.ascontiguousarray(array.astype(spec.dtype, copy=False))
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         first = int(np.argwhere(~np.isfinite(array))[0][0])
         raise ConfigError(f"{where}: array {spec.name!r} has NaN or Inf, first in sample {first}")
@@ -258,8 +276,11 @@ def _concrete(
     known: dict[str, int] = {}
     for spec in specs:
         for have, dim in zip(shapes.get(spec.name, ()), spec.shape, strict=False):
-            if isinstance(dim, str):
-                known[dim] = have
+            if isinstance(dim, str) and known.setdefault(dim, have) != have:
+                raise ConfigError(
+                    f"--input-shape: dimension {dim!r} of the model cannot be both {known[dim]} "
+                    f"and {have}"
+                )
     for spec in specs:
         if spec.shape and isinstance(spec.shape[0], str):
             known.setdefault(spec.shape[0], 1)
@@ -286,9 +307,14 @@ def _draw(
     for spec in specs:
         shape = shapes[spec.name]
         assert spec.dtype is not None
-        if np.issubdtype(spec.dtype, np.floating):
-            feed[spec.name] = np.asarray(rng.standard_normal(shape), spec.dtype)
-        else:
-            # 0 and 1 are valid in every vocabulary, mask and flag
-            feed[spec.name] = np.asarray(rng.integers(0, 2, shape), spec.dtype)
+        try:
+            if np.issubdtype(spec.dtype, np.floating):
+                feed[spec.name] = np.asarray(rng.standard_normal(shape), spec.dtype)
+            else:
+                # 0 and 1 are valid in every vocabulary, mask and flag
+                feed[spec.name] = np.asarray(rng.integers(0, 2, shape), spec.dtype)
+        except (MemoryError, ValueError, OverflowError):
+            raise ValidationError(
+                f"input {spec.name!r} of shape {list(shape)} cannot be made up: it is too large"
+            ) from None
     return feed

@@ -14,7 +14,7 @@ from onnxq.comparison import Comparison
 from onnxq.files import model_bytes
 from onnxq.model import Model, graphs, load, save, to_proto
 from onnxq.pipeline import canonicalize
-from onnxq.validation import DataSource, Validation, reference_of, size_of
+from onnxq.validation import DataSource, Validation, check_targets, reference_of, size_of
 
 # Folding rounds every weight once; more than this is worth a look.
 ROUNDING = 1e-4
@@ -75,6 +75,7 @@ def fold(
             finite. Nothing is written then.
     """
     source = load(model)
+    check_targets(source, {"output": output}, {"data": data})
     before = count_operators(source)
     check = Validation(reference_of(model), data, input_shapes or {})
     passes = canonicalize(source)
@@ -85,12 +86,14 @@ def fold(
     else:
         save(source, output, verify=check)
         after = model_bytes(Path(output))
+    still_there = {node.name for _, graph in graphs(source) for node in graph.nodes}
     report = FoldReport(
         folded={name: result.rewritten for name, result in passes.items() if result.rewritten},
         left_alone={
             node: f"{name}: {reason}"
             for name, result in passes.items()
             for node, reason in result.skipped.items()
+            if node in still_there  # a later pass may have folded it after all
         },
         before=before,
         after=count_operators(source),

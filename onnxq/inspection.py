@@ -16,6 +16,8 @@ from onnxq.pipeline import canonicalize
 from onnxq.plan import NodePlan
 from onnxq.report import describe
 
+_MARKS = {"onnxq.term", "onnxq.node", "onnxq.bits"}
+
 
 class Candidate(BaseModel):
     """A node with a weight: what would be done to it, or why it would be left alone."""
@@ -95,7 +97,7 @@ def _quantized(model: Model) -> Iterable[QuantizedNode]:
     for _, graph in graphs(model):
         for node in graph.nodes:
             metadata = get_metadata(node)
-            if "onnxq.term" in metadata:
+            if metadata.keys() >= _MARKS and metadata["onnxq.bits"].isdecimal():
                 basis.setdefault(metadata["onnxq.node"], []).append(node)
     for name, nodes in basis.items():
         metadata = get_metadata(nodes[0])

@@ -58,7 +58,8 @@ def rewrite(model: Model, select: SelectNodes, plan: Plan | None, progress: Prog
 
     Raises:
         ModelError: no node can be quantized, a weight is not finite, or the opset cannot be raised.
-        ConfigError: the plan was made for another model, or a glob matches nothing.
+        ConfigError: the plan was made for another model, its scales do not fit, or a glob matches
+            nothing.
     """
     passes = canonicalize(model)
     chosen = select(model) if plan is None else plan
@@ -66,7 +67,14 @@ def rewrite(model: Model, select: SelectNodes, plan: Plan | None, progress: Prog
         raise _nothing_to_do(chosen)
     chosen = SearchScales(progress)(model, chosen)
     model = raise_opset(model, required_opset(chosen))
-    passes["Expand"] = apply(Expand(chosen, progress), model)
+    try:
+        passes["Expand"] = apply(Expand(chosen, progress), model)
+    except ValueError as error:
+        if plan is None:
+            raise
+        raise ConfigError(  # scales of another shape, or of another series
+            f"plan: its scales do not fit: {error}; delete its .npz to have them searched again"
+        ) from error
     return Rewritten(model, chosen, passes)
 
 

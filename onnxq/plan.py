@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from onnxq.errors import ConfigError
-from onnxq.files import write_whole
+from onnxq.files import read_arrays, write_whole
 from onnxq.kernels_ref import PerAxis, PerBlock, PerTensor, SeriesKind
 
 Activations = Literal["none", "dynamic"]
@@ -130,8 +129,8 @@ class Plan(BaseModel):
             arrays[f"{name}/made_for"] = np.array(keys[name])
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **_as_kwargs(arrays))
-        write_whole(path.with_suffix(".npz"), buffer.getvalue())
-        write_whole(path, (self.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode())
+        text = self.model_dump_json(indent=1, exclude_defaults=True) + "\n"
+        write_whole({scales_path(path): buffer.getvalue(), path: text.encode()})
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -153,25 +152,47 @@ class Plan(BaseModel):
             where = f" at {where}" if where else ""
             message = first["msg"].removeprefix("Value error, ")
             raise ConfigError(f"plan {path}: not a valid plan{where}: {message}") from None
-        beside = path.with_suffix(".npz")
+        beside = scales_path(path)
         if beside.exists():
             plan._read_scales(beside)
         return plan
 
     def _read_scales(self, path: Path) -> None:
+        advice = "; delete the file to have the scales searched again"
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                for node in self.nodes:
-                    made_for = arrays.get(f"{node.name}/made_for")
-                    if made_for is None or str(made_for) != node.scales_key():
-                        continue
-                    scales = [arrays[f"{node.name}/term{i}/scale"] for i in range(node.terms)]
-                    self.scales[node.name] = tuple(scales)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ConfigError(
-                f"plan scales {path}: cannot be read ({error}); delete the file to have the "
-                "scales searched again"
-            ) from None
+            arrays = read_arrays(path, "plan scales")
+        except ConfigError as error:
+            raise ConfigError(f"{error}{advice}") from None
+        for node in self.nodes:
+            made_for = arrays.get(f"{node.name}/made_for")
+            if made_for is None or str(made_for) != node.scales_key():
+                continue
+            names = [f"{node.name}/term{i}/scale" for i in range(node.terms)]
+            bad = [name for name in names if not _is_scale(arrays.get(name), node)]
+            if bad:
+                raise ConfigError(f"plan scales {path}: {bad[0]!r} is missing or damaged{advice}")
+            self.scales[node.name] = tuple(arrays[name] for name in names)
+
+
+def scales_path(path: Path) -> Path:
+    """Where the scales of the plan at `path` are.
+
+    Raises:
+        ConfigError: it would be the plan's own file.
+    """
+    if path.suffix == ".npz" or not path.name:
+        raise ConfigError(f"plan {path}: give the JSON file; its .npz lies beside it")
+    return path.with_suffix(".npz")
+
+
+def _is_scale(array: FloatArray | None, node: NodePlan) -> bool:
+    rank = {"per_tensor": 0, "per_channel": 1, "per_block": 2}[node.granularity]
+    return (
+        array is not None
+        and array.dtype.kind == "f"
+        and array.ndim == rank
+        and bool((np.isfinite(array) & (array > 0)).all())
+    )
 
 
 def _as_kwargs(arrays: Mapping[str, FloatArray]) -> dict[str, Any]:

@@ -53,7 +53,15 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            source,
+            options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=0,  # it has nothing to fall back to, and would say so on stdout
+        )
+        for value in (*session.get_inputs(), *session.get_outputs()):
+            _ = value.name, value.shape  # text that is not UTF-8 shows here
+        return session
     except Exception as error:  # onnxruntime raises many unrelated types
         name = "the model" if isinstance(model, bytes) else str(model)
         raise ValidationError(f"onnxruntime cannot load {name}: {first_line(error)}") from None

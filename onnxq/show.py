@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from itertools import groupby
@@ -11,11 +12,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from onnxq.comparison import Comparison
+from onnxq.folding import FoldReport
 from onnxq.inspection import Inspection
 from onnxq.report import Report
 
 _MIB = 2**20
 _KIB = 2**10
+
+
+def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """A console that prints names as they are: `[conv]` and `:one:` are no markup."""
+    return Console(quiet=quiet, stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def make_page(report: Report) -> str:
+    """The summary of `quantize` as HTML."""
+    console = Console(
+        file=io.StringIO(), record=True, width=120, markup=False, emoji=False, highlight=False
+    )
+    show_report(console, report)
+    return console.export_html()
 
 
 def progress_bar(console: Console) -> tuple[Progress, Callable[[str, int, int], None]]:
@@ -64,7 +80,30 @@ def show_report(console: Console, report: Report) -> None:
     if report.comparison is not None:
         show_comparison(console, report.comparison, with_ratios=False)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+        console.print(f"warning: {warning}", style="yellow")
+
+
+def show_fold(console: Console, report: FoldReport) -> None:
+    """The summary of `fold`."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, nodes in report.folded.items():
+        table.add_row(name, f"{len(nodes)}: {_some(list(nodes))}")
+    for reason, names in _by_reason(report.left_alone):
+        table.add_row("left alone", f"{_some(names)}: {reason}")
+    before, after = sum(report.before.values()), sum(report.after.values())
+    table.add_row("nodes", f"{before} → {after}")
+    for kind in sorted(set(report.before) | set(report.after)):
+        counts = report.before.get(kind, 0), report.after.get(kind, 0)
+        if counts[0] != counts[1]:
+            table.add_row("", f"{kind} {counts[0]} → {counts[1]}")
+    table.add_row("size", f"{_bytes(report.size_before)} → {_bytes(report.size_after)}")
+    console.print(table)
+    if report.comparison is not None:
+        show_comparison(console, report.comparison, with_ratios=False)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", style="yellow")
 
 
 def show_comparison(console: Console, found: Comparison, *, with_ratios: bool = True) -> None:

@@ -3,7 +3,7 @@
 from onnxq.passes.base import GraphPass, PassResult
 from onnxq.passes.constants_to_initializers import ConstantsToInitializers
 from onnxq.passes.expand import Expand, required_opset
-from onnxq.passes.fold_affine_into_matmul import FoldAffineIntoMatMul
+from onnxq.passes.fold_affine import FoldAffine
 from onnxq.passes.fold_batch_norm import FoldBatchNorm
 from onnxq.passes.fold_constants import FoldConstants
 from onnxq.passes.fold_linear_branches import FoldLinearBranches
@@ -29,14 +29,14 @@ PIPELINE: tuple[GraphPass, ...] = (
     FoldBatchNorm(),  # needs constant weights and direct Conv -> BatchNormalization edges
     FoldLinearBranches(),  # after the simple folds: what is left are branches and longer chains
     GemmToMatMul(),  # after FoldBatchNorm, which knows that a Gemm's channels are its last axis
-    FoldAffineIntoMatMul(),  # after GemmToMatMul: one form to match
+    FoldAffine(),  # after GemmToMatMul: one form to match
 )
 
 __all__ = [
     "PIPELINE",
     "ConstantsToInitializers",
     "Expand",
-    "FoldAffineIntoMatMul",
+    "FoldAffine",
     "FoldBatchNorm",
     "FoldConstants",
     "FoldLinearBranches",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from onnxq.model import Model, graphs
+from onnxq.model import Model
 from onnxq.passes.base import PassResult
 from onnxq.passes.edit import Builder, Names
 from onnxq.passes.lower_dynamic import lower_dynamic
@@ -42,7 +42,7 @@ def _required_opset(node: NodePlan) -> int:
 class Expand:
     """Decompose each planned node into basis nodes summed by Add nodes.
 
-    Given:   Conv | MatMul | Gemm with a constant weight, and its NodePlan with scales
+    Given:   Conv | ConvTranspose | MatMul … with a constant weight, and its NodePlan with scales
     Result:  one basis node per term (parallel) or one node with the summed terms (merged)
     """
 
@@ -55,28 +55,24 @@ class Expand:
         Raises:
             ConfigError: the plan was made for another model.
         """
-        weights = match_plan(model, self.plan)
+        sites = match_plan(model, self.plan)
         names = Names(model)
         stored: dict[tuple[object, ...], StoredTerms] = {}
-        todo = {node.name: node for node in self.plan.quantized}
-        done: list[str] = []
-        for _, graph in graphs(model):
-            quantizer = ActivationQuantizer()
-            scalars: dict[str, Any] = {}
-            for node in [n for n in graph.nodes if n.name in todo]:
-                self.progress("expanding", len(done), len(todo))
-                entry, weight = todo[node.name], weights[node.name]
-                terms = self._stored(stored, weight, entry)
-                builder = Builder(graph, node, names, "expand", scalars)
-                site = Site(graph, node, terms, entry, builder)
-                if entry.activations == "dynamic":
-                    lower_dynamic(site, quantizer)
-                else:
-                    lower_float(site)
-                done.append(entry.name)
-        self.progress("expanding", len(todo), len(todo))
+        made: dict[int, tuple[ActivationQuantizer, dict[str, Any]]] = {}  # per graph
+        for done, (entry, (candidate, weight)) in enumerate(sites):
+            self.progress("expanding", done, len(sites))
+            graph, node = candidate.graph, candidate.node
+            quantizer, scalars = made.setdefault(id(graph), (ActivationQuantizer(), {}))
+            terms = self._stored(stored, weight, entry)
+            builder = Builder(graph, node, names, "expand", scalars)
+            site = Site(graph, node, terms, entry, builder)
+            if entry.activations == "dynamic":
+                lower_dynamic(site, quantizer)
+            else:
+                lower_float(site)
+        self.progress("expanding", len(sites), len(sites))
         return PassResult(
-            tuple(done),
+            tuple(entry.name for entry, _ in sites),
             {node.name: node.reason for node in self.plan.nodes if node.reason},
         )
 
@@ -86,7 +82,8 @@ class Expand:
         """The terms of a weight, made once per way in which they are stored."""
         key = (
             id(weight.tensor),
-            weight.out_last,
+            weight.split,
+            weight.out_axes,
             entry.op_type == "Conv",  # ConvInteger and MatMulInteger take other integer types
             entry.activations,
             entry.layout,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,16 @@ from onnxq.kernels_ref.linear_map import (
     negate,
     sequence,
 )
-from onnxq.model import Model, constant, graphs, is_constant
+from onnxq.model import Model, constant, get_metadata, graphs, is_constant
 from onnxq.passes.base import PassResult
 from onnxq.passes.edit import Builder, Names, consumers, is_graph_output, remove_node
-from onnxq.passes.linear_nodes import LINEAR, node_map, variable_input
+from onnxq.passes.linear_nodes import LINEAR, is_onnx, node_map, per_channel, variable_input
 
 _JOINS = ("Add", "Sub", "Sum")
 # Nodes that are reported when they stay: the others are ordinary parts of a model.
 _REPORTED = ("BatchNormalization", "Pad")
+# A longer chain is folded in several rounds, so that Python's stack is never the limit.
+_DEEPEST = 64
 
 
 class _NoCandidate(Unfoldable):
@@ -42,6 +44,11 @@ class _Expression:
     @property
     def convs(self) -> list[gs.Node]:
         return [node for node in self.nodes.values() if node.op == "Conv"]
+
+    @property
+    def weights(self) -> int:
+        """Number of values in the kernels as they are."""
+        return sum(int(np.prod(conv.inputs[1].shape)) for conv in self.convs)
 
 
 @dataclass(frozen=True)
@@ -81,28 +88,42 @@ def _sweep(model: Model, graph: gs.Graph, names: Names, skipped: dict[str, str])
     gone: set[int] = set()
     reader = _Reader(model, graph)
     for node in reversed(list(graph.nodes)):
-        if id(node) in gone or not (node.op in LINEAR or node.op in _JOINS):
+        if id(node) in gone or not _linear(node):
             continue
         try:
-            found = reader.end(node)
-            _check_worth(found)
+            found = reader.best(node)
         except _NoCandidate:
             continue
         except Unfoldable as reason:
-            if node.op in _REPORTED or (node.op in _JOINS and variable_input(node) is None):
+            if reader.is_candidate(node):
                 skipped[node.name] = str(reason)
             continue
         if len(found.nodes) < 2 or not found.convs:
             continue
-        done.append(_rewrite(graph, node, found, names))
+        done.append(_rewrite(model, graph, node, found, names))
         gone |= set(found.nodes)
     return done
 
 
+def _linear(node: gs.Node) -> bool:
+    return (node.op in LINEAR or node.op in _JOINS) and is_onnx(node)
+
+
 def _check_worth(found: _Expression) -> None:
-    before = sum(int(np.prod(conv.inputs[1].shape)) for conv in found.convs)
-    if found.convs and found.map.parameters > before:
-        raise Unfoldable(f"one Conv would have {found.map.parameters} weights instead of {before}")
+    """A Conv that is larger than what it replaces is no gain; one beyond float32 is wrong.
+
+    Raises:
+        Unfoldable: it is one of these.
+    """
+    m = found.map
+    if m.kernel is None:
+        return
+    before = found.weights
+    if m.parameters > before:
+        raise Unfoldable(f"one Conv would have {m.parameters} weights instead of {before}")
+    largest = np.finfo(np.float32).max
+    if not (np.all(np.abs(m.kernel) <= largest) and np.all(np.abs(m.bias) <= largest)):
+        raise Unfoldable("the folded weights would exceed float32")
 
 
 class _Reader:
@@ -111,66 +132,163 @@ class _Reader:
     def __init__(self, model: Model, graph: gs.Graph) -> None:
         self._model = model
         self._own = {id(node) for node in graph.nodes}
+        self._memo: dict[int, _Expression] = {}
+        self._frugal = False
+        self._failed: dict[int, Unfoldable] = {}  # node -> why it went no deeper
 
-    def end(self, node: gs.Node) -> _Expression:
-        """The expression of a node's output, as deep as it goes."""
-        if node.op in _JOINS and variable_input(node) is None:
-            return self._join(node)
-        return self._unary(node)
+    def best(self, node: gs.Node) -> _Expression:
+        """The deepest expression of a node's output that is worth a Conv.
 
-    def _tensor(self, tensor: Any) -> _Expression:
-        producer = tensor.inputs[0] if tensor.inputs else None
-        if (
-            producer is None
-            or id(producer) not in self._own
-            or not (producer.op in LINEAR or producer.op in _JOINS)
-            or len(consumers(tensor)) > 1
-            or is_graph_output(self._model, tensor)
-        ):
-            return _Expression(tensor, affine(1.0, 0.0))
-        try:
-            return self.end(producer)
-        except Unfoldable:
-            return _Expression(tensor, affine(1.0, 0.0))
+        First as deep as it goes, since a kernel that is too large on its own may fit beside a
+        larger branch; then cutting wherever the weights would grow.
 
-    def _unary(self, node: gs.Node) -> _Expression:
-        x = variable_input(node)
-        if x is None or (node.inputs[0] is not x and node.op not in ("Add", "Mul", "Sub")):
-            raise Unfoldable(f"the parameters of {node.op} {node.name!r} are not constant")
-        inner = self._tensor(x)
-        rank = _rank(inner, node)
-        channels = channels_out(inner.map) or _channels(inner.source)
-        own = node_map(node, rank, channels)
-        try:
-            combined = _sequence(inner, own, node)
-        except Unfoldable:
-            if not inner.nodes:
+        Raises:
+            Unfoldable: there is none; says why.
+        """
+        reason: Unfoldable | None = None
+        for frugal in (False, True):
+            self._memo, self._frugal, self._failed = {}, frugal, {}
+            try:
+                found = self._end(node, 0)
+                _check_worth(found)
+            except _NoCandidate:
                 raise
-            alone = _Expression(x, affine(1.0, 0.0))
-            return replace(alone, map=_sequence(alone, own, node), nodes={id(node): node})
-        return _Expression(inner.source, combined, {**inner.nodes, id(node): node})
+            except Unfoldable as why:
+                reason = reason or why
+                continue
+            if len(found.nodes) > 1 and found.convs:
+                return found
+            reason = reason or self._failed.get(id(node))
+        if reason is None:
+            raise _NoCandidate(f"{node.op} {node.name!r} stands alone")
+        raise reason
 
-    def _join(self, node: gs.Node) -> _Expression:
-        if not all(t.name and not is_constant(t) for t in node.inputs):
-            raise _NoCandidate("adds a constant to several tensors")
-        parts = [self._tensor(t) for t in node.inputs]
+    def is_candidate(self, node: gs.Node) -> bool:
+        """Whether a reader of the report would ask why this node stays."""
+        before = [t.inputs[0] for t in node.inputs if t.inputs and id(t.inputs[0]) in self._own]
+        after = [n for t in node.outputs for n in consumers(t) if id(n) in self._own]
+        near = [n for n in (*before, *after) if _linear(n)]
+        if node.op in _REPORTED or _is_join(node):
+            return True
+        return bool(near) and any(n.op == "Conv" for n in (node, *near))
+
+    def _end(self, node: gs.Node, depth: int) -> _Expression:
+        if _is_join(node):
+            return self._join(node, depth)
+        return self._unary(node, depth)
+
+    def _why_source(self, tensor: Any) -> str | None:
+        """Why a tensor that a linear node computes is read as it is, if it is."""
+        if len(consumers(tensor)) > 1:
+            return f"{tensor.name!r} is also read elsewhere"
+        if is_graph_output(self._model, tensor):
+            return f"{tensor.name!r} is an output of the graph"
+        return None
+
+    def _tensor(self, tensor: Any, depth: int) -> _Expression:
+        if id(tensor) not in self._memo:
+            self._memo[id(tensor)] = self._read(tensor, depth)
+        return self._memo[id(tensor)]
+
+    def _read(self, tensor: Any, depth: int) -> _Expression:
+        alone = _Expression(tensor, affine(1.0, 0.0))
+        producer = self._linear_producer(tensor)
+        if producer is None or depth > _DEEPEST or self._why_source(tensor):
+            return alone
+        try:
+            return self._end(producer, depth + 1)
+        except Unfoldable:
+            return alone
+
+    def _linear_producer(self, tensor: Any) -> gs.Node | None:
+        producer = tensor.inputs[0] if tensor.inputs else None
+        own = producer is not None and id(producer) in self._own and _linear(producer)
+        return producer if own else None
+
+    def _unary(self, node: gs.Node, depth: int) -> _Expression:
+        x = variable_input(node)
+        if x is None or (node.inputs[0] is not x and node.op not in ("Add", "Mul", "Sub", "Div")):
+            if node.op in ("Mul", "Div"):
+                raise _NoCandidate(f"{node.op} {node.name!r} combines two tensors")
+            raise Unfoldable(f"the parameters of {node.op} {node.name!r} are not constant")
+        inner = self._tensor(x, depth)
+        if inner.nodes:
+            try:
+                whole = _combine(inner, node)
+                if self._frugal:
+                    _check_worth(whole)
+            except Unfoldable as why:
+                self._failed[id(node)] = why
+            else:
+                return whole
+        elif node.op != "Conv" and self._linear_producer(x) is not None:
+            why_source = self._why_source(x)
+            if why_source:
+                self._failed[id(node)] = Unfoldable(why_source)
+        return _combine(_Expression(x, affine(1.0, 0.0)), node)
+
+    def _join(self, node: gs.Node, depth: int) -> _Expression:
+        tensors = [t for t in node.inputs if not is_constant(t)]
+        parts = [self._tensor(t, depth) for t in tensors]
         source = parts[0].source
         if any(part.source is not source for part in parts):
+            self._explain_sources(tensors, parts)
             raise _NoCandidate("adds branches of different tensors")
         total = parts[0].map
         nodes = {id(node): node, **parts[0].nodes}
         for part in parts[1:]:
             total = add(total, negate(part.map) if node.op == "Sub" else part.map)
             nodes |= part.nodes
-        return _Expression(source, total, nodes)
+        whole = _Expression(source, total, nodes)
+        for addend in node.inputs:
+            if is_constant(addend):  # of a Sum
+                offset = affine(1.0, per_channel(node, addend, _rank(whole, node)))
+                whole = _Expression(source, _checked_sequence(whole, offset), nodes)
+        if self._frugal:
+            _check_worth(whole)
+        return whole
+
+    def _explain_sources(self, tensors: list[Any], parts: list[_Expression]) -> None:
+        """Branches of one tensor, cut by a reader in their middle, deserve a reason.
+
+        Raises:
+            Unfoldable: a branch would start at the same tensor, were it not read elsewhere.
+        """
+        starts = {id(part.source) for part in parts}
+        for tensor, part in zip(tensors, parts, strict=True):
+            producer = self._linear_producer(tensor)
+            why = self._why_source(tensor)
+            if part.nodes or producer is None or not why:
+                continue
+            deeper = variable_input(producer)
+            if deeper is not None and id(deeper) in starts - {id(tensor)}:
+                raise Unfoldable(why)
 
 
-def _sequence(inner: _Expression, own: LinearMap, node: gs.Node) -> LinearMap:
-    broadcasts = own.kernel is None and channels_out(own) not in (None, 1)
-    if broadcasts and not inner.nodes and node.op != "BatchNormalization":
-        known = _channels(inner.source)
-        if known != channels_out(own):
+def _is_join(node: gs.Node) -> bool:
+    """Whether a node sums tensors: an Add of one tensor and a constant does not."""
+    return node.op == "Sum" or (node.op in _JOINS and variable_input(node) is None)
+
+
+def _combine(inner: _Expression, node: gs.Node) -> _Expression:
+    """The expression of a node with one variable input, whose own expression is given."""
+    channels = channels_out(inner.map) or _channels(inner.source)
+    own = node_map(node, _rank(inner, node), channels)
+    if node.op == "BatchNormalization" or own.kernel is not None:
+        combined = sequence(inner.map, own)  # these do not broadcast
+    else:
+        combined = _checked_sequence(inner, own)
+    return _Expression(inner.source, combined, {**inner.nodes, id(node): node})
+
+
+def _checked_sequence(inner: _Expression, own: LinearMap) -> LinearMap:
+    """A constant of [channels] makes several channels of one, so their number must be known."""
+    if channels_out(own) is not None:
+        known = channels_out(inner.map) or _channels(inner.source)
+        if known is None:
             raise Unfoldable(f"the channels of {inner.source.name!r} are not known")
+        if known != channels_out(own):
+            raise Unfoldable(f"a constant makes {channels_out(own)} channels of {known}")
     return sequence(inner.map, own)
 
 
@@ -182,7 +300,7 @@ def _rank(inner: _Expression, node: gs.Node) -> int | None:
     shape = getattr(inner.source, "shape", None)
     if shape is not None:
         return len(shape)
-    return next((len(n.inputs[1].shape) for n in inner.source.outputs if n.op == "Conv"), None)
+    return next((len(conv.inputs[1].shape) for conv in _convs_of(inner.source)), None)
 
 
 def _channels(tensor: Any) -> int | None:
@@ -190,20 +308,32 @@ def _channels(tensor: Any) -> int | None:
     shape = getattr(tensor, "shape", None)
     if shape is not None and len(shape) > 1 and isinstance(shape[1], int) and shape[1] > 0:
         return int(shape[1])
-    if tensor.inputs and tensor.inputs[0].op == "Conv":
-        return int(tensor.inputs[0].inputs[1].shape[0])
-    for node in tensor.outputs:
-        if node.op == "Conv" and is_constant(node.inputs[1]) and node.inputs[0] is tensor:
-            return int(node.inputs[1].shape[1] * node.attrs.get("group", 1))
+    for producer in tensor.inputs[:1]:
+        if producer.op == "Conv" and is_onnx(producer) and is_constant(producer.inputs[1]):
+            return int(producer.inputs[1].shape[0])
+    for conv in _convs_of(tensor):
+        return int(conv.inputs[1].shape[1] * conv.attrs.get("group", 1))
     return None
 
 
-def _rewrite(graph: gs.Graph, end: gs.Node, found: _Expression, names: Names) -> str:
+def _convs_of(tensor: Any) -> list[gs.Node]:
+    """The Convs with constant weights that read a tensor."""
+    return [
+        node
+        for node in consumers(tensor)
+        if node.op == "Conv"
+        and is_onnx(node)
+        and node.inputs[0] is tensor
+        and is_constant(node.inputs[1])
+    ]
+
+
+def _rewrite(model: Model, graph: gs.Graph, end: gs.Node, found: _Expression, names: Names) -> str:
     """Put one Conv in place of the expression; it takes the name of the largest Conv in it."""
     main = max(found.convs, key=lambda conv: int(np.prod(conv.inputs[1].shape)))
     m = found.map
     assert m.kernel is not None
-    weight = constant(_weight_name(main, names), m.kernel.astype(np.float32))
+    weight = constant(_weight_name(model, main, names), m.kernel.astype(np.float32))
     inputs = [found.source, weight]
     if not m.keeps_zero:
         bias = np.broadcast_to(m.bias, (m.kernel.shape[0],)).astype(np.float32)
@@ -226,12 +356,13 @@ def _rewrite(graph: gs.Graph, end: gs.Node, found: _Expression, names: Names) ->
             "group": m.groups,
         },
         output=output,
-        metadata={},
+        metadata=get_metadata(main),
     )
     return str(main.name)
 
 
-def _weight_name(main: gs.Node, names: Names) -> str:
+def _weight_name(model: Model, main: gs.Node, names: Names) -> str:
     """The old weight's name where nothing else reads it."""
     old = main.inputs[1]
-    return str(old.name) if len(old.outputs) == 1 else names.tensor(f"{old.name}/folded")
+    free = len(old.outputs) == 1 and not is_graph_output(model, old)
+    return str(old.name) if free else names.tensor(f"{old.name}/folded")

@@ -35,9 +35,14 @@ def node_map(node: gs.Node, rank: int | None, channels: int | None) -> LinearMap
         Unfoldable: the node is not a linear map with constant parameters; says why.
     """
     reader = LINEAR.get(node.op)
-    if reader is None:
-        raise Unfoldable(f"{node.op} is not linear")
+    if reader is None or not is_onnx(node):
+        raise Unfoldable(f"{node.op} {node.name!r} is not known to be linear")
     return reader(node, rank, channels)
+
+
+def is_onnx(node: gs.Node) -> bool:
+    """Whether the operator is one of the ONNX standard."""
+    return node.domain in (None, "", "ai.onnx")
 
 
 def _conv(node: gs.Node, _rank: int | None, _channels: int | None) -> LinearMap:
@@ -77,8 +82,10 @@ def explicit_pads(
         return (0,) * rank, (0,) * rank
     if auto == "NOTSET":
         pads = tuple(node.attrs.get("pads", [0] * (2 * rank)))
+        if min(pads) < 0:
+            raise Unfoldable(f"{node.op} {node.name!r} has negative padding")
         return pads[:rank], pads[rank:]
-    if any(s > 1 for s in strides):
+    if any(s > 1 and k > 1 for s, k in zip(strides, spatial, strict=True)):
         raise Unfoldable(f"{node.op} {node.name!r} has auto_pad {auto} with a stride")
     total = [d * (k - 1) for d, k in zip(dilations, spatial, strict=True)]
     small, large = tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
@@ -90,8 +97,12 @@ def _batch_norm(node: gs.Node, _rank: int | None, _channels: int | None) -> Line
         raise Unfoldable(f"BatchNormalization {node.name!r} is in training mode")
     if not all(is_constant(t) for t in node.inputs[1:]):
         raise Unfoldable(f"parameters of BatchNormalization {node.name!r} are not constant")
+    if not node.attrs.get("spatial", 1):  # before opset 9
+        raise Unfoldable(f"BatchNormalization {node.name!r} has statistics per position")
     gamma, beta, mean, variance = (_floats(t) for t in node.inputs[1:5])
     epsilon = float(node.attrs.get("epsilon", 1e-5))
+    if np.any(variance + epsilon <= 0):
+        raise Unfoldable(f"BatchNormalization {node.name!r} has a negative variance")
     return affine(*batch_norm_affine(gamma, beta, mean, variance, epsilon))
 
 
@@ -143,26 +154,44 @@ def _average_pool(node: gs.Node, _rank: int | None, channels: int | None) -> Lin
     return average_pool(channels, shape, strides=strides, dilations=dilations, begin=begin, end=end)
 
 
-def _pad(node: gs.Node, _rank: int | None, _channels: int | None) -> LinearMap:
+def _pad(node: gs.Node, rank: int | None, _channels: int | None) -> LinearMap:
     if node.attrs.get("mode", "constant") != "constant":
         raise Unfoldable(f"Pad {node.name!r} has mode {node.attrs['mode']}")
     if "pads" in node.attrs:  # before opset 11
         pads, value = list(node.attrs["pads"]), float(node.attrs.get("value", 0.0))
     else:
-        given = [t for t in node.inputs[1:] if t.name]
-        if len(node.inputs) > 3 and node.inputs[3].name:
-            raise Unfoldable(f"Pad {node.name!r} names its axes")
-        if not given or not all(is_constant(t) for t in given):
+        amounts, filling, axes = (_optional(node, slot) for slot in (1, 2, 3))
+        if amounts is None or not all(is_constant(t) for t in node.inputs[1:] if t.name):
             raise Unfoldable(f"the amounts of Pad {node.name!r} are not constant")
-        pads = [int(p) for p in values(given[0])]
-        value = float(values(given[1]).reshape(-1)[0]) if len(given) > 1 else 0.0
-    rank = len(pads) // 2
-    begin, end = tuple(pads[:rank]), tuple(pads[rank:])
+        pads = [int(p) for p in values(amounts).reshape(-1)]
+        value = 0.0 if filling is None else float(values(filling).reshape(-1)[0])
+        if axes is not None:
+            pads = _on_all_axes(node, pads, [int(a) for a in values(axes)], rank)
     if value != 0.0:
         raise Unfoldable(f"Pad {node.name!r} pads with {value}")
-    if any(begin[:2]) or any(end[:2]) or min(pads) < 0 or rank < 3:
-        raise Unfoldable(f"Pad {node.name!r} pads the batch or channels, or crops")
+    count = len(pads) // 2
+    begin, end = tuple(pads[:count]), tuple(pads[count:])
+    if count < 3 or any(begin[:2]) or any(end[:2]):
+        raise Unfoldable(f"Pad {node.name!r} pads the batch or the channels")
+    if min(pads) < 0:
+        raise Unfoldable(f"Pad {node.name!r} crops")
     return padding(begin[2:], end[2:])
+
+
+def _on_all_axes(node: gs.Node, pads: list[int], axes: list[int], rank: int | None) -> list[int]:
+    """The amounts of a Pad that names its axes (opset 18) for every axis."""
+    if rank is None:
+        raise Unfoldable(f"the rank of the input of Pad {node.name!r} is not known")
+    every = [0] * (2 * rank)
+    for i, axis in enumerate(axes):
+        every[axis % rank] = pads[i]
+        every[axis % rank + rank] = pads[i + len(axes)]
+    return every
+
+
+def _optional(node: gs.Node, slot: int) -> Any:
+    """An input that may be left out, or None."""
+    return node.inputs[slot] if len(node.inputs) > slot and node.inputs[slot].name else None
 
 
 LINEAR: dict[str, Callable[[gs.Node, int | None, int | None], LinearMap]] = {
@@ -194,7 +223,7 @@ def per_channel(node: gs.Node, constant: Any, rank: int | None) -> Array:
     """
     array = _floats(constant)
     if array.size == 1 and array.ndim <= (rank if rank is not None else 1):
-        return array.reshape(())
+        return array.reshape(())  # no Conv reads a tensor of rank 0, so [1] adds no axis
     if rank is None:
         raise Unfoldable(f"the rank of the input of {node.op} {node.name!r} is not known")
     shape = (1,) * (rank - array.ndim) + array.shape
@@ -208,7 +237,8 @@ def per_channel(node: gs.Node, constant: Any, rank: int | None) -> Array:
 def _operand(node: gs.Node) -> tuple[Any, int]:
     """The constant operand of a binary node, and its side (0 left, 1 right)."""
     sides = [i for i, t in enumerate(node.inputs) if is_constant(t)]
-    if len(sides) != 1 or len(node.inputs) != 2:
+    # attributes: the broadcast rules before opset 7
+    if len(sides) != 1 or len(node.inputs) != 2 or node.attrs:
         raise Unfoldable(f"{node.op} {node.name!r} has no constant operand")
     return node.inputs[sides[0]], sides[0]
 

@@ -38,8 +38,7 @@ def lower_dynamic(site: Site, quantizer: ActivationQuantizer) -> None:
     merged = site.plan.layout == "merged"
     groups = [tuple(range(count))] if merged else [(i,) for i in range(count)]
     lower = _conv_term if node.op == "Conv" else _matmul_term
-    x = _left_operand(site)
-    outputs = [lower(site, x, group, quantizer) for group in groups]
+    outputs = [lower(site, node.inputs[0], group, quantizer) for group in groups]
     bias = _bias(site)
     final = site.remove()
     if bias is None:
@@ -61,13 +60,6 @@ def lower_dynamic(site: Site, quantizer: ActivationQuantizer) -> None:
     )
 
 
-def _left_operand(site: Site) -> Any:
-    x = site.node.inputs[0]
-    if site.node.op == "Gemm" and site.node.attrs.get("transA", 0):
-        return site.builder.add("Transpose", f"{site.name}/turned", [x], attrs={"perm": [1, 0]})
-    return x
-
-
 def _conv_term(site: Site, x: Any, group: tuple[int, ...], quantizer: ActivationQuantizer) -> Any:
     builder, name = site.builder, _term_name(site, group)
     bits = site.plan.bits * len(group)
@@ -82,7 +74,7 @@ def _conv_term(site: Site, x: Any, group: tuple[int, ...], quantizer: Activation
         attrs=site.node.attrs,
         metadata=site.basis_metadata(group),
     )
-    scale = site.stored.channel_scale(builder, group[-1], 1.0, (site.stored.weight.out,))
+    scale = site.stored.channel_scale(builder, group[-1], (site.stored.weight.out,))
     both = builder.add("Mul", f"{name}/scale", [xq.scale, scale])
     # DequantizeLinear takes int32: one pass over the output instead of Cast and Mul.
     return builder.add("DequantizeLinear", f"{name}/rescaled", [product, both], attrs={"axis": 1})
@@ -95,8 +87,6 @@ def _matmul_term(site: Site, x: Any, group: tuple[int, ...], quantizer: Activati
     signed = bits <= SAFE_BITS
     zero_point = 0 if signed else 2 ** (bits - 1)
     weight = stored.integer_weight(builder, group, signed=signed, zero_point=zero_point)
-    if not stored.weight.out_last:  # Gemm(transB=1); folded at load
-        weight = builder.add("Transpose", f"{name}/weight", [weight], attrs={"perm": [1, 0]})
     zero = [] if signed else [builder.scalar(np.uint8(zero_point))]
     product = builder.add(
         "MatMulInteger",
@@ -104,10 +94,9 @@ def _matmul_term(site: Site, x: Any, group: tuple[int, ...], quantizer: Activati
         [xq.q, weight, xq.zero_point, *zero],
         metadata=site.basis_metadata(group),
     )
-    alpha = float(site.node.attrs.get("alpha", 1.0)) if site.node.op == "Gemm" else 1.0
     flat = len(stored.weight.shape) == 2
     shape = (stored.weight.out,) if flat else stored.weight.channel_shape()
-    scale = stored.channel_scale(builder, group[-1], alpha, shape)
+    scale = stored.channel_scale(builder, group[-1], shape)
     # Cast, Mul, Mul in this order are what onnxruntime fuses to DynamicQuantizeMatMul.
     as_float = builder.add("Cast", f"{name}/float", [product], attrs={"to": TensorProto.FLOAT})
     both = builder.add("Mul", f"{name}/scale", [xq.scale, scale])
@@ -119,23 +108,16 @@ def _term_name(site: Site, group: tuple[int, ...]) -> str:
 
 
 def _bias(site: Site) -> Any:
-    """What is added after the sum: [out, 1, …] for Conv, beta·C for Gemm, None for nothing."""
+    """What is added after the sum, as [out, 1, …], or None."""
     node, builder = site.node, site.builder
     if len(node.inputs) < 3 or not node.inputs[2].name:
         return None
     bias, name = node.inputs[2], f"{site.name}/bias"
-    if node.op == "Conv":
-        shape = (-1, *(1 for _ in site.stored.weight.shape[2:]))
-        if is_constant(bias):
-            return builder.constant(name, values(bias).reshape(shape))
-        target = builder.constant(f"{name}/shape", np.array(shape, np.int64))
-        return builder.add("Reshape", f"{name}/reshaped", [bias, target])
-    beta = float(node.attrs.get("beta", 1.0))
-    if beta == 1.0:
-        return bias
+    shape = (-1, *(1 for _ in site.stored.weight.shape[2:]))
     if is_constant(bias):
-        return builder.constant(name, values(bias) * np.float32(beta))
-    return builder.add("Mul", f"{name}/scaled", [bias, builder.scalar(np.float32(beta))])
+        return builder.constant(name, values(bias).reshape(shape))
+    target = builder.constant(f"{name}/shape", np.array(shape, np.int64))
+    return builder.add("Reshape", f"{name}/reshaped", [bias, target])
 
 
 def _write(tensor: Any, final: Any) -> None:

@@ -13,22 +13,22 @@ def lower_float(site: Site) -> None:
     Result:  parallel: conv1/term0(x, W0, b), conv1/term1(x, W1), …, Adds up to conv1/sum
              merged (or one term): conv1(x, W0 + W1 + …, b)
     """
-    node, builder = site.node, site.builder
+    node, builder, slot = site.node, site.builder, site.stored.weight.slot
     indices = tuple(range(len(site.stored.series)))
     if site.plan.layout == "merged" or len(indices) == 1:
-        node.inputs[1] = site.stored.float_weight(builder, indices)
+        node.inputs[slot] = site.stored.float_weight(builder, indices)
         set_metadata(node, {"onnxq.pass": "expand", **site.basis_metadata(indices)})
         return
     outputs = []
     for i in indices:
-        weight = site.stored.float_weight(builder, (i,))
         # The bias is added once, where it costs nothing: by the first basis node.
-        bias = list(node.inputs[2:]) if i == 0 else []
+        inputs = list(node.inputs if i == 0 else node.inputs[:2])
+        inputs[slot] = site.stored.float_weight(builder, (i,))
         outputs.append(
             builder.add(
                 node.op,
                 f"{site.name}/term{i}",
-                [node.inputs[0], weight, *bias],
+                inputs,
                 attrs=node.attrs,
                 metadata=site.basis_metadata((i,)),
             )

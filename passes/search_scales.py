@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import onnx_graphsurgeon as gs
-
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import Series, realize, series_scales
 from onnxq.model import Model
-from onnxq.passes.select_nodes import weighted_nodes
-from onnxq.passes.weights import Weight, find_weight
+from onnxq.passes.weights import Candidate, Weight, candidates, check_finite
 from onnxq.plan import NodePlan, Plan
 
 Progress = Callable[[str, int, int], None]
@@ -37,15 +34,13 @@ class SearchScales:
         Raises:
             ConfigError: the plan was made for another model.
         """
-        weights = match_plan(model, plan)
-        todo = plan.quantized
-        shared: dict[tuple[int, bool, str], str] = {}
-        for i, node in enumerate(todo):
-            self.progress("planning", i, len(todo))
+        sites = match_plan(model, plan)
+        shared: dict[tuple[object, ...], str] = {}
+        for i, (node, (_, weight)) in enumerate(sites):
+            self.progress("planning", i, len(sites))
             if node.name in plan.scales:
                 continue
-            weight = weights[node.name]
-            key = (id(weight.tensor), weight.out_last, node.scales_key())
+            key = (id(weight.tensor), weight.split, weight.out_axes, node.scales_key())
             if key in shared:  # a weight that several nodes share is searched once
                 plan.scales[node.name] = plan.scales[shared[key]]
                 continue
@@ -57,7 +52,7 @@ class SearchScales:
                 terms=node.terms,
                 granularity=node.matrix_granularity(),
             )
-        self.progress("planning", len(todo), len(todo))
+        self.progress("planning", len(sites), len(sites))
         return plan
 
 
@@ -72,29 +67,34 @@ def node_series(weight: Weight, node: NodePlan, plan: Plan) -> Series:
     )
 
 
-def match_plan(model: Model, plan: Plan) -> dict[str, Weight]:
-    """The weights that a plan speaks of.
+def match_plan(model: Model, plan: Plan) -> list[tuple[NodePlan, tuple[Candidate, Weight]]]:
+    """What the plan will do, in graph order: each entry with its place in the model.
 
     Raises:
         ConfigError: the plan was made for another model; names the first node that differs.
     """
-    nodes: dict[str, gs.Node] = {node.name: node for node in weighted_nodes(model)}
-    weights: dict[str, Weight] = {}
-    for entry in plan.quantized:
-        node = nodes.get(entry.name)
-        if node is None or node.op != entry.op_type:
-            raise _other_model(f"it has no {entry.op_type} node {entry.name!r}")
-        found = find_weight(model, node)
-        if isinstance(found, str):
-            raise _other_model(f"node {entry.name!r} cannot be quantized: {found}")
-        if found.shape != tuple(entry.shape):
-            raise _other_model(
-                f"the weight of node {entry.name!r} is {list(found.shape)}, not {list(entry.shape)}"
-            )
-        if entry.crc32 and found.crc32() != entry.crc32:
-            raise _other_model(f"the weight of node {entry.name!r} has other values")
-        weights[entry.name] = found
-    return weights
+    places = {c.name: c for c in candidates(model, embeddings=True)}
+    matched = {
+        entry.name: (entry, _match(entry, places.get(entry.name))) for entry in plan.quantized
+    }
+    return [matched[name] for name in places if name in matched]
+
+
+def _match(entry: NodePlan, candidate: Candidate | None) -> tuple[Candidate, Weight]:
+    if candidate is None or candidate.node.op != entry.op_type:
+        raise _other_model(f"it has no {entry.op_type} node {entry.name!r}")
+    found = candidate.found
+    if isinstance(found, str):
+        raise _other_model(f"node {entry.name!r} cannot be quantized: {found}")
+    if found.shape != tuple(entry.shape):
+        raise _other_model(
+            f"the weight of node {entry.name!r} is {list(found.shape)}, not {list(entry.shape)}"
+        )
+    if not entry.crc32:  # written by hand
+        check_finite(entry.name, candidate.node, found)
+    elif found.crc32() != entry.crc32:
+        raise _other_model(f"the weight of node {entry.name!r} has other values")
+    return candidate, found
 
 
 def _other_model(difference: str) -> ConfigError:

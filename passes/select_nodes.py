@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq.errors import ConfigError, ModelError
+from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
-from onnxq.model import Model, get_metadata, graphs, values
-from onnxq.passes.weights import CANDIDATES, KIN, Weight, find_weight
+from onnxq.model import Model, get_metadata
+from onnxq.passes.weights import LINEAR, Candidate, Weight, candidates, check_finite
 from onnxq.plan import Activations, Layout, NodePlan, Plan
 
 
@@ -22,7 +20,8 @@ from onnxq.plan import Activations, Layout, NodePlan, Plan
 class SelectNodes:
     """Make the plan of a model: an entry per node that has, or could have, a weight.
 
-    Given:   Conv, MatMul, Gemm with a constant float32 weight
+    Given:   Conv, ConvTranspose, MatMul, LSTM, GRU, RNN, and with `embeddings` Gather, whose
+             weights are constant and float32
     Result:  a NodePlan with bits, terms, series, granularity, activations and layout, or a reason
     """
 
@@ -34,6 +33,7 @@ class SelectNodes:
     layout: Layout = "parallel"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    embeddings: bool = False
 
     def __call__(self, model: Model) -> Plan:
         """The plan; `model` is only read.
@@ -42,9 +42,9 @@ class SelectNodes:
             ConfigError: a glob of include or exclude matches no node.
             ModelError: a weight has NaN or infinite values.
         """
-        nodes = list(weighted_nodes(model))
-        self._check_globs([node.name for node in nodes])
-        return Plan(nodes=[self._plan_node(model, node) for node in nodes])
+        found = list(candidates(model, embeddings=self.embeddings))
+        self._check_globs([candidate.name for candidate in found])
+        return Plan(nodes=[self._plan_node(candidate) for candidate in found])
 
     def _check_globs(self, names: list[str]) -> None:
         for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
@@ -55,16 +55,16 @@ class SelectNodes:
                     hint = hint or "see `onnxq inspect` for the names"
                     raise ConfigError(f"{option} {glob!r} matches no quantizable node; {hint}")
 
-    def _plan_node(self, model: Model, node: gs.Node) -> NodePlan:
-        found = find_weight(model, node) if node.op in CANDIDATES else _kin_reason(node)
+    def _plan_node(self, candidate: Candidate) -> NodePlan:
+        name, node, found = candidate.name, candidate.node, candidate.found
         if isinstance(found, str):
-            return NodePlan(name=node.name, op_type=node.op, reason=_already(node) or found)
-        reason = self._unwanted(node.name)
+            return NodePlan(name=name, op_type=node.op, reason=_already(node) or found)
+        reason = self._unwanted(name)
         if not reason:
-            check_finite(node, found)
+            check_finite(name, node, found)
         activations, note = self._activations(node, found)
         return NodePlan(
-            name=node.name,
+            name=name,
             op_type=node.op,
             weight=found.tensor.name,
             shape=found.shape,
@@ -77,7 +77,7 @@ class SelectNodes:
             granularity="per_block" if self.block_size else "per_channel",
             block_size=self.block_size,
             activations=activations,
-            layout=self.layout,
+            layout=self.layout if node.op in LINEAR else "merged",
         )
 
     def _unwanted(self, name: str) -> str | None:
@@ -91,6 +91,10 @@ class SelectNodes:
     def _activations(self, node: gs.Node, weight: Weight) -> tuple[Activations, str | None]:
         if self.activations == "none":
             return "none", None
+        if node.op not in ("Conv", "MatMul"):
+            return "none", f"{node.op}: float compute"
+        if weight.slot == 0:
+            return "none", "constant left operand: float compute"
         if node.op == "Conv" and node.attrs.get("group", 1) > 1 and weight.shape[1] == 1:
             return "none", "depthwise: float compute, since ConvInteger is slower than float here"
         if node.op == "Conv" and len(weight.shape) > 4:
@@ -112,38 +116,11 @@ def default_series(terms: int) -> SeriesKind:
     return "fixed_ratio" if terms == 1 else "digit"
 
 
-def weighted_nodes(model: Model) -> Iterator[gs.Node]:
-    """The nodes that have, or could have, weights, of all graphs, in graph order."""
-    for _, graph in graphs(model):
-        for node in graph.nodes:
-            if node.op in CANDIDATES or node.op in KIN:
-                yield node
-
-
-def check_finite(node: gs.Node, weight: Weight) -> None:
-    """Refuse a weight with NaN or Inf.
-
-    Raises:
-        ModelError: names node and tensor.
-    """
-    array = values(weight.tensor)
-    if not np.isfinite(array).all():
-        bad = int(array.size - np.isfinite(array).sum())
-        raise ModelError(
-            f"weight {weight.tensor.name!r} of {node.op} {node.name!r} has {bad} NaN or infinite "
-            f"values: repair the model, or leave the node alone with --exclude {node.name!r}"
-        )
-
-
-def _is_vector(tensor: Any) -> bool:
-    return tensor.shape is not None and len(tensor.shape) == 1
-
-
-def _kin_reason(node: gs.Node) -> str:
-    return f"{node.op} is not quantized"
-
-
 def _already(node: gs.Node) -> str | None:
     if "onnxq.term" in get_metadata(node):
         return "already quantized by onnxq"
     return None
+
+
+def _is_vector(tensor: Any) -> bool:
+    return tensor.shape is not None and len(tensor.shape) == 1

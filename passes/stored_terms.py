@@ -63,7 +63,7 @@ class StoredTerms:
         total = parts[0]
         for i, part in zip(indices[1:], parts[1:], strict=True):
             total = builder.add("Add", f"{self._base(i)}/merged", [total, part])
-        return total if self._block is None else self._unblock(builder, total, self._block)
+        return self._in_shape(builder, total)
 
     def _float_term(self, builder: Builder, i: int) -> Any:
         term, base = self.series.terms[i], self._base(i)
@@ -72,24 +72,34 @@ class StoredTerms:
         as_float = builder.add("Cast", f"{base}/cast", [q], attrs={"to": TensorProto.FLOAT})
         return builder.add("Mul", f"{base}/dequantized", [as_float, scale])
 
-    def _unblock(self, builder: Builder, blocked: Any, block: int) -> Any:
-        """From [out, blocks, block] (or [in blocks, block, out]) to the weight's shape."""
-        base, shape = self.weight.tensor.name, self.weight.shape
-        inputs = self.series.terms[0].q.shape[1]
-        padded = -(-inputs // block) * block
-        if padded != inputs:
-            axis = len(shape) - 2 if self.weight.out_last else 1
-            flat = (*shape[:-2], padded, shape[-1]) if self.weight.out_last else (shape[0], padded)
-            whole = self._reshape(builder, blocked, flat, f"{base}/padded")
-            ends = [np.array([v], np.int64) for v in (0, inputs, axis)]
-            named = [
-                self._constant(f"{base}/{what}", builder, partial(np.copy, end))
-                for what, end in zip(("slice_start", "slice_end", "slice_axis"), ends, strict=True)
-            ]
-            blocked = builder.add("Slice", f"{base}/unpadded", [whole, *named])
-            if self.weight.out_last:
-                return blocked
-        return self._reshape(builder, blocked, shape, f"{base}/reshaped")
+    def _in_shape(self, builder: Builder, tensor: Any) -> Any:
+        """From the order in which the terms are stored to the shape that the node reads."""
+        weight, base = self.weight, self.weight.tensor.name
+        if self._block is not None:
+            tensor = self._unblock(builder, tensor, self._block)
+            dims = tuple(weight.split[axis] for axis in weight.order)
+            tensor = self._reshape(builder, tensor, dims, f"{base}/channels_first")
+            back = [int(axis) for axis in np.argsort(weight.order)]
+            if back != sorted(back):
+                tensor = builder.add("Transpose", f"{base}/turned", [tensor], attrs={"perm": back})
+        if weight.split == weight.shape:
+            return tensor
+        return self._reshape(builder, tensor, weight.shape, f"{base}/reshaped")
+
+    def _unblock(self, builder: Builder, blocked: Any, block_size: int) -> Any:
+        """[out, blocks, block_size] to [out, in], without the padding of the last block."""
+        base = self.weight.tensor.name
+        out, inputs = self.series.terms[0].q.shape
+        padded = -(-inputs // block_size) * block_size
+        if padded == inputs:
+            return blocked
+        whole = self._reshape(builder, blocked, (out, padded), f"{base}/padded")
+        ends = {"slice_start": 0, "slice_end": inputs, "slice_axis": 1}
+        named = [
+            self._constant(f"{base}/{what}", builder, partial(np.array, [end], np.int64))
+            for what, end in ends.items()
+        ]
+        return builder.add("Slice", f"{base}/unpadded", [whole, *named])
 
     def _reshape(self, builder: Builder, tensor: Any, shape: tuple[int, ...], name: str) -> Any:
         target = self._constant(f"{name}/shape", builder, lambda: np.array(shape, np.int64))
@@ -152,17 +162,11 @@ class StoredTerms:
         )
         return builder.add("Cast", f"{base}/integer", [q], attrs={"to": to}) if packed else q
 
-    def channel_scale(self, builder: Builder, i: int, factor: float, shape: tuple[int, ...]) -> Any:
-        """The term's scale per output channel, times `factor`, in `shape`."""
+    def channel_scale(self, builder: Builder, i: int, shape: tuple[int, ...]) -> Any:
+        """The term's scale per output channel, in `shape`."""
         scale = np.asarray(self.series.terms[i].scale, np.float32)
-        full = np.broadcast_to(scale, (self.series.terms[i].q.shape[0],)) * np.float32(factor)
-        # nodes that share the weight share the scale, unless their Gemm alphas differ
-        return self._constant(
-            f"{self._base(i)}/scale",
-            builder,
-            lambda: full.astype(np.float32).reshape(shape),
-            key=f"scale {i} {factor} {shape}",
-        )
+        full = np.broadcast_to(scale, (self.weight.out,))
+        return self._constant(f"{self._base(i)}/scale", builder, partial(full.reshape, shape))
 
     def _base(self, i: int) -> str:
         return f"{self.weight.tensor.name}/term{i}"
@@ -173,12 +177,10 @@ class StoredTerms:
         builder: Builder,
         make: Callable[[], Array],
         data_type: int | None = None,
-        key: str | None = None,
     ) -> Any:
-        key = key or name
-        if key not in self.constants:
-            self.constants[key] = builder.constant(name, make(), data_type)
-        return self.constants[key]
+        if name not in self.constants:
+            self.constants[name] = builder.constant(name, make(), data_type)
+        return self.constants[name]
 
     def _plain_q(self, i: int) -> Array:
         return self.weight.from_matrix(self.series.terms[i].q)
@@ -190,23 +192,13 @@ class StoredTerms:
         blocks = -(-inputs // self._block)
         padded = np.zeros((out, blocks * self._block), np.int8)
         padded[:, :inputs] = term.q
-        return self._turn(padded.reshape(out, blocks, self._block))
+        return padded.reshape(out, blocks, self._block)
 
     def _stored_scale(self, term: Term) -> Array:
         scale = np.asarray(term.scale, np.float32)
-        if self._block is None:
-            full = np.broadcast_to(scale, (term.q.shape[0],)) if scale.ndim == 0 else scale
-            return full.reshape(self.weight.channel_shape())
-        return self._turn(scale[:, :, None])
-
-    def _turn(self, blocked: Array) -> Array:
-        """[out, blocks, k] in the order of the weight: out first, or [..., blocks, k, out]."""
-        if not self.weight.out_last:
-            return blocked
-        shape = self.weight.shape
-        lead = shape[:-2]
-        split = blocked.reshape(*lead, shape[-1], *blocked.shape[1:])
-        return np.ascontiguousarray(np.moveaxis(split, len(lead), -1))
+        if self._block is not None:
+            return scale[:, :, None]
+        return np.broadcast_to(scale, (self.weight.out,)).reshape(self.weight.channel_shape())
 
 
 def term_bytes(term: Term) -> int:

@@ -39,6 +39,15 @@ def _unique_producers(model: Model, _: Signature) -> Iterator[str]:
                 yield f"tensor {name!r} is produced by {n} nodes{_in(where)}"
 
 
+def _inputs_not_produced(model: Model, _: Signature) -> Iterator[str]:
+    for where, graph in graphs(model):
+        given = {t.name for t in graph.inputs}
+        for node in graph.nodes:
+            for tensor in node.outputs:
+                if tensor.name in given:
+                    yield f"{node.op} {node.name!r} writes the input {tensor.name!r}{_in(where)}"
+
+
 def _one_tensor_per_name(model: Model, _: Signature) -> Iterator[str]:
     for where, graph in graphs(model):
         seen: dict[str, int] = {}
@@ -81,6 +90,7 @@ def _same_signature(model: Model, before: Signature) -> Iterator[str]:
 RULES: Mapping[str, Callable[[Model, Signature], Iterator[str]]] = {
     "unique node names": _unique_node_names,
     "one producer per tensor": _unique_producers,
+    "inputs are given, not produced": _inputs_not_produced,
     "one tensor per name": _one_tensor_per_name,
     "sorted, acyclic, nothing dangling": _sorted_and_complete,
     "signature unchanged": _same_signature,

@@ -4,6 +4,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from small import assert_pass, conv_model, feeds, model, ops, run, weights
+
 from onnxq.model import load, to_proto
 from onnxq.passes import (
     PIPELINE,
@@ -13,7 +15,6 @@ from onnxq.passes import (
     NameNodes,
     RemoveIdentity,
 )
-from small import assert_pass, conv_model, feeds, model, ops, run, weights
 
 # A fold rounds each weight once (2^-24) and each product once; with the few hundred products of
 # these models the outputs agree to well under 1e-5 of their largest value.
@@ -125,7 +126,10 @@ class TestRemoveIdentity:
         [
             ("g (float[2] x) => (float[2] y) { [i] y = Identity(x) }", "directly"),
             (
-                "g (float[2] x) => (float[2] a, float[2] y) { [r] a = Relu(x) [i] y = Identity(a) }",
+                """g (float[2] x) => (float[2] a, float[2] y) {
+                    [r] a = Relu(x)
+                    [i] y = Identity(a)
+                }""",
                 "both",
             ),
         ],
@@ -150,9 +154,7 @@ class TestFreezeParameters:
         proto = conv_model()
         for name in ("w", "b"):
             shape = [4, 3, 3, 3] if name == "w" else [4]
-            proto.graph.input.append(
-                helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-            )
+            proto.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         return proto
 
     def test_drops_weights_from_the_inputs(self):

@@ -15,7 +15,8 @@ from onnx import helper, numpy_helper
 class Case:
     """A model with one node `op`, fed with `x`, and the numbers behind it.
 
-    `operand` is what the node's products read: x itself, after Relu or transposed.
+    `operand` is what the node's products read: x itself, after Relu or transposed. `weight` is the
+    constant as it is quantized; for Gemm, which becomes MatMul first, alpha·B or alpha·Bᵀ.
     """
 
     proto: onnx.ModelProto
@@ -24,7 +25,6 @@ class Case:
     weight: np.ndarray
     out_last: bool
     bias: np.ndarray | None = None  # as it is added: [M, 1, …] or beta·C
-    alpha: np.float32 = field(default_factory=lambda: np.float32(1))
     attrs: dict[str, Any] = field(default_factory=dict)  # of kernels_ref's convolutions
 
     @property
@@ -167,10 +167,9 @@ def gemms(draw: st.DrawFn) -> Case:
         _model(x, relu, node, constants, 2),
         x,
         operand.T if trans_a else operand,
-        weight,
-        out_last=not trans_b,
+        np.ascontiguousarray(alpha * (weight.T if trans_b else weight)),
+        out_last=True,
         bias=None if c is None else beta * c,
-        alpha=alpha,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import numpy_helper, parser
+
 from onnxq.model import load, to_proto
 from onnxq.passes import GraphPass, PassResult, signature, verify
 
