@@ -9,14 +9,20 @@ OUT    ?= out
 
 .PHONY: demo test lint types check clean
 
+DEMO := models/digits_repvgg.onnx
+DATA := --data models/digits_test.npz
+
 demo: $(VENV)/.run
 	@mkdir -p $(OUT)
-	$(BIN)/onnxq quantize models/digits_repvgg.onnx $(OUT)/digits_q.onnx \
-	  --data models/digits_test.npz --plan-out $(OUT)/digits_plan.json --report $(OUT)/report.html
-	$(BIN)/onnxq compare models/digits_repvgg.onnx $(OUT)/digits_q.onnx \
-	  --data models/digits_test.npz
-	@echo "report: $(OUT)/report.html   plan: $(OUT)/digits_plan.json"
-	@echo "open $(OUT)/digits_q.onnx in Netron to see the basis nodes"
+	@echo; echo "# 1. parallel basis nodes, integer compute: what Netron shows best"
+	$(BIN)/onnxq quantize $(DEMO) $(OUT)/digits_parallel.onnx $(DATA) \
+	  --plan-out $(OUT)/digits_plan.json --report $(OUT)/report.html
+	@echo; echo "# 2. the same terms merged, float compute: a small file at float speed"
+	$(BIN)/onnxq quantize $(DEMO) $(OUT)/digits_merged.onnx $(DATA) \
+	  --activations none --layout merged --quiet
+	$(BIN)/onnxq compare $(DEMO) $(OUT)/digits_merged.onnx $(DATA)
+	@echo; echo "report: $(OUT)/report.html   plan: $(OUT)/digits_plan.json"
+	@echo "open $(OUT)/digits_parallel.onnx in Netron to see the basis nodes"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto

@@ -243,8 +243,9 @@ def _kernels(first: LinearMap, then: LinearMap) -> LinearMap:
     b = regroup(then.kernel, then.groups, groups)
     b = b.reshape(groups, out // groups, -1, *two)
     kernel = np.zeros((groups, out // groups, inputs // groups, *shape))
-    along_one = tuple(d // step for d, step in zip(apart_one, steps, strict=True))
-    along_two = tuple(d // step for d, step in zip(apart_two, steps, strict=True))
+    # a single tap may be nearer than the grid, which means nothing
+    along_one = tuple(max(d // step, 1) for d, step in zip(apart_one, steps, strict=True))
+    along_two = tuple(max(d // step, 1) for d, step in zip(apart_two, steps, strict=True))
     if math.prod(one) < math.prod(two):  # one product per tap of the smaller kernel
         for tap in np.ndindex(*one):
             product = np.einsum("gom...,gmi->goi...", b, a[_all_at(tap)], optimize=True)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from onnxq.comparison import Comparison
 from onnxq.files import model_bytes
 from onnxq.model import Model, graphs, load, save, to_proto
-from onnxq.pipeline import canonicalize
+from onnxq.pipeline import canonicalize, unfolded
 from onnxq.validation import DataSource, Validation, check_targets, reference_of, size_of
 
 # Folding rounds every weight once; more than this is worth a look.
@@ -86,15 +86,9 @@ def fold(
     else:
         save(source, output, verify=check)
         after = model_bytes(Path(output))
-    still_there = {node.name for _, graph in graphs(source) for node in graph.nodes}
     report = FoldReport(
         folded={name: result.rewritten for name, result in passes.items() if result.rewritten},
-        left_alone={
-            node: f"{name}: {reason}"
-            for name, result in passes.items()
-            for node, reason in result.skipped.items()
-            if node in still_there  # a later pass may have folded it after all
-        },
+        left_alone=unfolded(passes, source),
         before=before,
         after=count_operators(source),
         size_before=size_of(model),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from onnxq.errors import ConfigError, ModelError
-from onnxq.model import Model, raise_opset
+from onnxq.model import Model, graphs, raise_opset
 from onnxq.passes import (
     PIPELINE,
     Expand,
@@ -25,11 +25,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A model with basis nodes, the plan that made it, and what each pass did."""
+    """A model with basis nodes, the plan that made it, what each pass did, and what it left."""
 
     model: Model
     plan: Plan
     passes: Mapping[str, PassResult] = field(default_factory=dict)
+    unfolded: Mapping[str, str] = field(default_factory=dict)
 
 
 def canonicalize(model: Model) -> dict[str, PassResult]:
@@ -39,6 +40,20 @@ def canonicalize(model: Model) -> dict[str, PassResult]:
         PassError: a pass broke the graph.
     """
     return {type(pass_).__name__: apply(pass_, model) for pass_ in PIPELINE}
+
+
+def unfolded(passes: Mapping[str, PassResult], model: Model) -> dict[str, str]:
+    """What the folds left alone, and why: node -> "pass: reason".
+
+    A node that a later pass has folded after all is not listed.
+    """
+    there = {node.name for _, graph in graphs(model) for node in graph.nodes}
+    return {
+        node: f"{name}: {reason}"
+        for name, result in passes.items()
+        for node, reason in result.skipped.items()
+        if node in there
+    }
 
 
 def apply(pass_: GraphPass, model: Model) -> PassResult:
@@ -62,6 +77,7 @@ def rewrite(model: Model, select: SelectNodes, plan: Plan | None, progress: Prog
             nothing.
     """
     passes = canonicalize(model)
+    left = unfolded(passes, model)
     chosen = select(model) if plan is None else plan
     if not chosen.quantized:
         raise _nothing_to_do(chosen)
@@ -75,7 +91,7 @@ def rewrite(model: Model, select: SelectNodes, plan: Plan | None, progress: Prog
         raise ConfigError(  # scales of another shape, or of another series
             f"plan: its scales do not fit: {error}; delete its .npz to have them searched again"
         ) from error
-    return Rewritten(model, chosen, passes)
+    return Rewritten(model, chosen, passes, left)
 
 
 def _nothing_to_do(plan: Plan) -> ModelError | ConfigError:

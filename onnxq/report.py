@@ -29,6 +29,7 @@ class Report(BaseModel):
     left_alone: dict[str, str]
     notes: dict[str, str]
     folded: dict[str, int]
+    unfolded: dict[str, str]
     size_before: int
     size_after: int
     weight_bits: float
@@ -61,6 +62,7 @@ def make_report(
             for name, result in rewritten.passes.items()
             if result.rewritten and name not in ("Expand", "NameNodes")
         },
+        unfolded=dict(rewritten.unfolded),
         size_before=sizes[0],
         size_after=sizes[1],
         weight_bits=weight_bits(plan),

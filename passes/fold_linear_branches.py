@@ -116,7 +116,7 @@ def _check_worth(found: _Expression) -> None:
         Unfoldable: it is one of these.
     """
     m = found.map
-    if m.kernel is None:
+    if m.kernel is None or not found.convs:
         return
     before = found.weights
     if m.parameters > before:

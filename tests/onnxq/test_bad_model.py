@@ -112,7 +112,9 @@ BAD_MODELS = [
 UNUSABLE = [
     pytest.param(_not_finite(np.nan), ["'w' of Conv 'conv' has 1 NaN", "--exclude"], id="nan"),
     pytest.param(_not_finite(np.inf), ["'w' of Conv 'conv' has 1 NaN or inf"], id="inf"),
-    pytest.param(_no_candidate, ["nothing to quantize", "no Conv, MatMul or Gemm"], id="none"),
+    pytest.param(
+        _no_candidate, ["nothing to quantize", "the model has no Conv, MatMul"], id="none"
+    ),
     pytest.param(
         _all_left_alone,
         ["nothing to quantize", "all 1 candidate", "see `onnxq inspect`"],
@@ -267,6 +269,14 @@ def test_text_that_is_not_utf8(tmp_path: Path, name: str) -> None:
     (tmp_path / "in.onnx").write_bytes(bad)
     assert bad != data
     assert "UTF-8" in refused(tmp_path, "inspect", tmp_path / "in.onnx")
+
+
+def test_onnxruntime_does_not_print(tmp_path: Path) -> None:
+    """It would announce on stdout that it falls back from the CPU to the CPU."""
+    data = small.conv_model().SerializeToString().replace(b"Relu", b"R\xfflu")
+    (tmp_path / "in.onnx").write_bytes(data)
+    message = refused(tmp_path, "compare", tmp_path / "in.onnx", tmp_path / "in.onnx")
+    assert "onnxruntime cannot load" in message and "'utf-8' codec" in message
 
 
 def _mutants(data: bytes, count: int, seed: int) -> list[bytes]:

@@ -259,6 +259,8 @@ def test_scales_that_cannot_be_right(tmp_path: Path, source: Path, how: str) -> 
     np.savez(plan.with_suffix(".npz"), allow_pickle=True, **arrays)
     message = _refused_plan(tmp_path, source, plan)
     assert ".npz" in message and "delete " in message, message
+    found_on_reading = {"missing", "rank", "nan", "negative", "text", "whole"}
+    assert ("'conv/term1/scale' is missing or damaged" in message) == (how in found_on_reading)
 
 
 def _disk_full_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

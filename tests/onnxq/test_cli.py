@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -242,7 +243,8 @@ def _program(*args: object, encoding: str = "utf-8") -> subprocess.Popen[bytes]:
         [sys.executable, "-c", "from onnxq.cli import main; main()", *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={"PYTHONIOENCODING": encoding, "PATH": ""},
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        cwd=Path(__file__).parent,  # the installed package, not the folder of the sources
     )
 
 

@@ -133,6 +133,10 @@ heavy = {"onnx", "onnx_graphsurgeon", "onnxruntime", "pydantic", "typer", "rich"
 print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,  # the installed package, not the folder of the sources
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "[]"

@@ -15,7 +15,7 @@ from onnxq.model import load, to_proto
 from onnxq.passes import FoldLinearBranches, signature, verify
 from onnxq.pipeline import canonicalize
 
-EXAMPLES = int(os.environ.get("ONNXQ_EXAMPLES", "130"))  # of each of the two tests
+EXAMPLES = int(os.environ.get("ONNXQ_EXAMPLES", "200"))  # of each of the two tests
 
 
 def weights_of(proto: onnx.ModelProto) -> int:
