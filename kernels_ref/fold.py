@@ -21,8 +21,15 @@ def batch_norm_affine(
 
     Returns:
         (a, c), float64 [channels]: a = gamma / sqrt(variance + epsilon), c = beta - mean·a.
+
+    Raises:
+        ValueError: variance + epsilon is not positive, or a parameter is NaN or infinite.
     """
     g, b, m, v = (np.asarray(array, np.float64) for array in (gamma, beta, mean, variance))
+    if not all(np.isfinite(array).all() for array in (g, b, m, v)):
+        raise ValueError("a parameter of the batch norm is NaN or infinite")
+    if not np.all(v + epsilon > 0):
+        raise ValueError("variance + epsilon of the batch norm is not positive")
     factor = g / np.sqrt(v + epsilon)
     return factor, b - m * factor
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxq.api import Result, quantize
+    from onnxq.benchmarking import Benchmark, bench
     from onnxq.comparison import Comparison, compare
     from onnxq.errors import (
         CalibrationError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = version("onnxq")
 
 _HOME = {
+    "Benchmark": "benchmarking",
     "CalibrationError": "errors",
     "Comparison": "comparison",
     "ConfigError": "errors",
@@ -40,6 +42,7 @@ _HOME = {
     "Report": "report",
     "Result": "api",
     "ValidationError": "errors",
+    "bench": "benchmarking",
     "compare": "comparison",
     "fold": "folding",
     "inspect": "inspection",
@@ -47,6 +50,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Benchmark",
     "CalibrationError",
     "Comparison",
     "ConfigError",
@@ -61,6 +65,7 @@ __all__ = [
     "Report",
     "Result",
     "ValidationError",
+    "bench",
     "compare",
     "fold",
     "inspect",

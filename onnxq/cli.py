@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 import onnxq
+from onnxq.benchmarking import bench as run_bench
 from onnxq.comparison import compare as run_compare
 from onnxq.errors import ConfigError, OnnxqError
 from onnxq.feeds import parse_shape
@@ -22,6 +23,7 @@ from onnxq.show import (
     make_console,
     make_page,
     progress_bar,
+    show_benchmark,
     show_comparison,
     show_fold,
     show_inspection,
@@ -61,8 +63,22 @@ Shapes = Annotated[
 ]
 
 
+PLANNING = (
+    "weight_bits",
+    "terms",
+    "activations",
+    "layout",
+    "series",
+    "block_size",
+    "include",
+    "exclude",
+    "embeddings",
+)
+
+
 @app.command()
 def quantize(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The float model.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write.")],
     weight_bits: Annotated[int, typer.Option(help="Bits of each term, 2 to 8.")] = 4,
@@ -106,6 +122,8 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Quantize a float model, validate the result on onnxruntime, and write it."""
+    if plan is not None:
+        _check_planned(context)
     if report is not None:
         _check_report(report, {"input": source, "output": target, "data": data, "plan": plan_out})
     console = make_console(quiet=quiet)
@@ -149,6 +167,21 @@ def _shapes(texts: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
         if shapes.setdefault(name, shape) != shape:
             raise ConfigError(f"--input-shape: input {name!r} has two shapes; give one")
     return shapes
+
+
+def _check_planned(context: typer.Context) -> None:
+    """Refuse options that a given plan would silently overrule.
+
+    Raises:
+        ConfigError: one of them was given beside --plan.
+    """
+    for name in PLANNING:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{option} beside --plan: the plan says what is done; edit it, or leave one out"
+            )
 
 
 @app.command()
@@ -195,6 +228,51 @@ def compare(
         typer.echo(found.model_dump_json(indent=1))
     else:
         show_comparison(make_console(), found)
+
+
+@app.command()
+def bench(
+    float_model: Annotated[
+        Path, typer.Argument(metavar="FLOAT.onnx", help="What the ratios refer to.")
+    ],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="QUANT.onnx", help="One or more beside it.")
+    ],
+    data: DataFile = None,
+    input_shape: Shapes = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Samples per run, where the inputs leave their first dimension open."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of onnxruntime; its default if not given.")
+    ] = None,
+    warmup: Annotated[int, typer.Option(help="Runs of each model that are not timed.")] = 5,
+    runs: Annotated[int, typer.Option(help="Timed runs of each model, in turns.")] = 100,
+    seconds: Annotated[
+        float, typer.Option(help="Fewer runs if they take longer than this (3 at least).")
+    ] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure models side by side: latency, load time, peak memory, size; ratios to the first."""
+    bar, progress = progress_bar(make_console(stderr=True))
+    with bar:
+        found = run_bench(
+            float_model,
+            *models,
+            data=data,
+            input_shapes=_shapes(input_shape),
+            batch=batch,
+            threads=threads,
+            warmup=warmup,
+            runs=runs,
+            seconds=seconds,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        show_benchmark(make_console(), found)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import onnxruntime as ort
 from pydantic import BaseModel, ConfigDict
 
 from onnxq.errors import ConfigError, ValidationError
-from onnxq.feeds import Feed, Samples, choose_samples
+from onnxq.feeds import Samples, choose_samples
 from onnxq.files import model_bytes
 from onnxq.kernels_ref import ErrorSums
 from onnxq.session import open_session, run
 
 Array = npt.NDArray[Any]
 ModelSource = str | Path | bytes
+Progress = Callable[[str, int, int], None]
 
 _LATENCY_RUNS = 30
 _LATENCY_SECONDS = 4.0
+_FEWEST_ROUNDS = 3  # a median of less says nothing
+_CLOCK_TICK = 1e-9  # seconds; a coarse clock may stand still during a run
 
 
 class _Report(BaseModel):
@@ -42,6 +46,14 @@ class OutputError(_Report):
     relative_error: float
     cosine: float
     top1_agreement: float | None
+
+
+class Quartiles(_Report):
+    """Half of all values lie between `low` and `high`."""
+
+    low: float
+    median: float
+    high: float
 
 
 class Comparison(_Report):
@@ -72,7 +84,8 @@ def compare(
         float_model, quantized_model: paths.
         data: samples, an .npz or a mapping input name -> array; without it, seeded inputs.
         input_shapes: shapes for the seeded inputs.
-        latency: also time both, interleaved, on the first sample; the ratio of the medians.
+        latency: also time both in turns on the first sample; the median of the ratios of runs
+            that were neighbours.
         threads: intra-op threads of both sessions; onnxruntime's default if not given.
 
     Raises:
@@ -90,7 +103,14 @@ def compare(
     sizes = model_bytes(Path(float_model)), model_bytes(Path(quantized_model))
     update: dict[str, Any] = {"size_ratio": sizes[1] / sizes[0], "threads": threads}
     if latency:
-        update["latency_ratio"] = _latency_ratio(reference, actual, next(iter(samples)))
+        feed = next(iter(samples))
+        times = time_in_turns(
+            [partial(run, session, feed) for session in (reference, actual)],
+            warmup=1,
+            rounds=_LATENCY_RUNS,
+            seconds=_LATENCY_SECONDS,
+        )
+        update["latency_ratio"] = quartiles(paired_ratios(times)[:, 1]).median
     return result.model_copy(update=update)
 
 
@@ -104,7 +124,7 @@ def compare_sessions(
     names = [output.name for output in reference.get_outputs()]
     for what, one, other in (
         ("outputs", names, [output.name for output in actual.get_outputs()]),
-        ("inputs", _input_names(reference), _input_names(actual)),
+        ("inputs", input_names(reference), input_names(actual)),
     ):
         if one != other:
             raise ValidationError(
@@ -146,7 +166,8 @@ def _measure(
     return sums, hits
 
 
-def _input_names(session: ort.InferenceSession) -> list[str]:
+def input_names(session: ort.InferenceSession) -> list[str]:
+    """Names of the inputs, sorted."""
     return sorted(value.name for value in session.get_inputs())
 
 
@@ -187,17 +208,55 @@ def _output_error(name: str, sums: ErrorSums) -> OutputError:
     )
 
 
-def _latency_ratio(
-    reference: ort.InferenceSession, actual: ort.InferenceSession, feed: Feed
-) -> float:
-    """Median time of `actual` over median time of `reference`, runs taken in turns."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for session in (reference, actual):
-        run(session, feed)  # warm-up
-    end = time.perf_counter() + _LATENCY_SECONDS
-    while len(times[0]) < _LATENCY_RUNS and (len(times[0]) < 3 or time.perf_counter() < end):
-        for session, taken in zip((reference, actual), times, strict=True):
-            start = time.perf_counter()
-            session.run(None, feed)
-            taken.append(time.perf_counter() - start)
-    return float(np.median(times[1]) / np.median(times[0]))
+def time_in_turns(
+    runs: Sequence[Callable[[], object]],
+    *,
+    warmup: int,
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
+) -> Array:
+    """Time what may not be timed one after the other, since a machine changes its speed.
+
+    Each round calls every one of `runs` once; which one begins moves on by one each round.
+
+    Args:
+        runs: what to time, the reference first.
+        warmup: rounds before, not timed.
+        rounds: how many to time.
+        seconds: no round begins later than this after the first one, but for the first three.
+        clock: seconds.
+        progress: called as progress("rounds", done, rounds).
+
+    Returns:
+        Seconds, float64 [rounds taken, len(runs)], columns in the order of `runs`.
+    """
+    for _ in range(warmup):
+        for call in runs:
+            call()
+    taken: list[list[float]] = []
+    end = clock() + seconds
+    while len(taken) < rounds and (len(taken) < _FEWEST_ROUNDS or clock() < end):
+        row = [0.0] * len(runs)
+        for turn in range(len(runs)):
+            index = (len(taken) + turn) % len(runs)
+            start = clock()
+            runs[index]()
+            row[index] = clock() - start
+        taken.append(row)
+        if progress is not None:
+            progress("rounds", len(taken), rounds)
+    return np.array(taken, np.float64)
+
+
+def paired_ratios(times: Array) -> Array:
+    """Each time over the reference's time of the same round; column 0 is the reference."""
+    ticked = np.maximum(times, _CLOCK_TICK)
+    return np.asarray(ticked / ticked[:, :1])
+
+
+def quartiles(values: Array) -> Quartiles:
+    """Median, and the quartiles around it (linear interpolation)."""
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return Quartiles(low=float(low), median=float(median), high=float(high))

@@ -83,14 +83,7 @@ def rewrite(model: Model, select: SelectNodes, plan: Plan | None, progress: Prog
         raise _nothing_to_do(chosen)
     chosen = SearchScales(progress)(model, chosen)
     model = raise_opset(model, required_opset(chosen))
-    try:
-        passes["Expand"] = apply(Expand(chosen, progress), model)
-    except ValueError as error:
-        if plan is None:
-            raise
-        raise ConfigError(  # scales of another shape, or of another series
-            f"plan: its scales do not fit: {error}; delete its .npz to have them searched again"
-        ) from error
+    passes["Expand"] = apply(Expand(chosen, progress), model)
     return Rewritten(model, chosen, passes, left)
 
 

@@ -1,4 +1,4 @@
-"""Terminal output of the three commands, from their results."""
+"""Terminal output of the commands, from their results."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import io
 import math
 from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from onnxq.benchmarking import Benchmark
 from onnxq.comparison import Comparison
 from onnxq.folding import FoldReport
 from onnxq.inspection import Inspection
@@ -132,6 +134,35 @@ def show_comparison(console: Console, found: Comparison, *, with_ratios: bool = 
         console.print(f"size: {found.size_ratio:.3f} × float")
         if found.latency_ratio is not None:
             console.print(f"latency: {found.latency_ratio:.2f} × float (median, runs in turns)")
+
+
+def show_benchmark(console: Console, found: Benchmark) -> None:
+    """The table of `bench`, and what it was measured on."""
+    paths = [Path(model.model) for model in found.models]
+    alike = len({path.name for path in paths}) < len(set(paths))
+    table = Table(title=f"ratios to {paths[0]}", title_justify="left")
+    table.add_column("model", overflow="fold")
+    for name in ("ms", "latency", "25–75 %", "load", "memory", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for path, model in zip(paths, found.models, strict=True):
+        ratio = model.latency_ratio
+        table.add_row(
+            str(path) if alike else path.name,
+            f"{model.latency_ms.median:.3g}",
+            f"{ratio.median:.2f}",
+            f"{ratio.low:.2f}–{ratio.high:.2f}",
+            f"{model.load_ratio:.2f}",
+            "–" if model.memory_ratio is None else f"{model.memory_ratio:.2f}",
+            f"{model.size_ratio:.3f}",
+        )
+    console.print(table)
+    inputs = ", ".join(
+        f"{name} {'×'.join(map(str, shape)) or 'scalar'}" for name, shape in found.inputs.items()
+    )
+    kind = "made-up inputs" if found.made_up_inputs else "inputs"
+    threads = "default threads" if found.threads is None else f"{found.threads} threads"
+    console.print(f"latency: medians of {found.rounds} runs in turns, {threads}; {kind}: {inputs}")
+    console.print("load, memory: of a process of its own (peak above what it held before)")
 
 
 def show_inspection(console: Console, found: Inspection) -> None:

@@ -156,4 +156,4 @@ def consumers(tensor: Any) -> list[gs.Node]:
 
 def is_graph_output(model: Model, tensor: Any) -> bool:
     """Whether a tensor leaves any graph of the model."""
-    return any(tensor is out for _, graph in graphs(model) for out in graph.outputs)
+    return any(tensor is out for graph in model.all_graphs for out in graph.outputs)

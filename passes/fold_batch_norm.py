@@ -60,15 +60,17 @@ class FoldBatchNorm:
                 return f"Gemm {before.name!r} has a C that is not one value per output channel"
         if any(np.dtype(values(t).dtype) != np.float32 for t in (*parameters, *norm.inputs[1:])):
             return "its or its predecessor's parameters are not float32"
+        try:
+            _affine(norm)
+        except ValueError as error:
+            return str(error)
         return None
 
     def _rewrite(self, graph: gs.Graph, norm: gs.Node, names: Names) -> None:
         target = norm.inputs[0].inputs[0]
         weight = target.inputs[1]
         bias = target.inputs[2] if len(target.inputs) > 2 and target.inputs[2].name else None
-        gamma, beta, mean, variance = (values(t) for t in norm.inputs[1:5])
-        epsilon = float(norm.attrs.get("epsilon", 1e-5))
-        factor, offset = batch_norm_affine(gamma, beta, mean, variance, epsilon)
+        factor, offset = _affine(norm)
         new_weight, new_bias = fold_output_affine(
             values(weight),
             None if bias is None else values(bias).reshape(-1),
@@ -85,6 +87,11 @@ class FoldBatchNorm:
         y = norm.outputs[0]
         remove_node(graph, norm)
         target.outputs[0] = y
+
+
+def _affine(norm: gs.Node) -> tuple[Any, Any]:
+    gamma, beta, mean, variance = (values(t) for t in norm.inputs[1:5])
+    return batch_norm_affine(gamma, beta, mean, variance, float(norm.attrs.get("epsilon", 1e-5)))
 
 
 def _output_axis(node: gs.Node) -> int:

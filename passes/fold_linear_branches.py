@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,9 @@ from onnxq.passes.linear_nodes import LINEAR, is_onnx, node_map, per_channel, va
 _JOINS = ("Add", "Sub", "Sum")
 # Nodes that are reported when they stay: the others are ordinary parts of a model.
 _REPORTED = ("BatchNormalization", "Pad")
+_ACTIVATIONS = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Elu")
+_SAME_CHANNELS = frozenset((*_ACTIVATIONS, "BatchNormalization", "Identity", "Neg", "AveragePool"))
+_SAME_RANK = _SAME_CHANNELS | {"Pad", "MaxPool"}
 # A longer chain is folded in several rounds, so that Python's stack is never the limit.
 _DEEPEST = 64
 
@@ -170,7 +174,7 @@ class _Reader:
         near = [n for n in (*before, *after) if _linear(n)]
         if node.op in _REPORTED or _is_join(node):
             return True
-        return bool(near) and any(n.op == "Conv" for n in (node, *near))
+        return bool(near) and any(n.op == "Conv" or _is_join(n) for n in (node, *near))
 
     def _end(self, node: gs.Node, depth: int) -> _Expression:
         if _is_join(node):
@@ -294,38 +298,52 @@ def _checked_sequence(inner: _Expression, own: LinearMap) -> LinearMap:
 
 def _rank(inner: _Expression, node: gs.Node) -> int | None:
     """Rank of the tensors of an expression."""
-    for conv in (*inner.convs, node):
-        if conv.op == "Conv":
-            return len(conv.inputs[1].shape)
-    shape = getattr(inner.source, "shape", None)
-    if shape is not None:
-        return len(shape)
-    return next((len(conv.inputs[1].shape) for conv in _convs_of(inner.source)), None)
+    if node.op == "Conv":
+        return len(node.inputs[1].shape)
+    if inner.convs:
+        return len(inner.convs[0].inputs[1].shape)
+    for tensor in _like(inner.source, _SAME_RANK):
+        if getattr(tensor, "shape", None) is not None:
+            return len(tensor.shape)
+        for conv in (*tensor.inputs[:1], *_convs_of(tensor)):
+            if _has_weight(conv):
+                return len(conv.inputs[1].shape)
+    return None
 
 
 def _channels(tensor: Any) -> int | None:
-    """Channels of a tensor, from its declared shape or from a Conv beside it."""
-    shape = getattr(tensor, "shape", None)
-    if shape is not None and len(shape) > 1 and isinstance(shape[1], int) and shape[1] > 0:
-        return int(shape[1])
-    for producer in tensor.inputs[:1]:
-        if producer.op == "Conv" and is_onnx(producer) and is_constant(producer.inputs[1]):
-            return int(producer.inputs[1].shape[0])
-    for conv in _convs_of(tensor):
-        return int(conv.inputs[1].shape[1] * conv.attrs.get("group", 1))
+    """Channels of a tensor, from a declared shape or from a Conv beside it."""
+    for like in _like(tensor, _SAME_CHANNELS):
+        shape = getattr(like, "shape", None)
+        if shape is not None and len(shape) > 1 and isinstance(shape[1], int) and shape[1] > 0:
+            return int(shape[1])
+        for conv in like.inputs[:1]:
+            if _has_weight(conv):
+                return int(conv.inputs[1].shape[0])
+        for conv in _convs_of(like):
+            return int(conv.inputs[1].shape[1] * conv.attrs.get("group", 1))
     return None
+
+
+def _like(tensor: Any, through: frozenset[str]) -> Iterator[Any]:
+    """A tensor and those that it comes from by way of some operators with one variable input."""
+    for _ in range(_DEEPEST):
+        yield tensor
+        producer = tensor.inputs[0] if tensor.inputs else None
+        before = None if producer is None or producer.op not in through else producer
+        if before is None or not is_onnx(before) or variable_input(before) is None:
+            return
+        tensor = variable_input(before)
+
+
+def _has_weight(node: gs.Node) -> bool:
+    """Whether a node is a Conv with a constant weight."""
+    return node.op == "Conv" and is_onnx(node) and is_constant(node.inputs[1])
 
 
 def _convs_of(tensor: Any) -> list[gs.Node]:
     """The Convs with constant weights that read a tensor."""
-    return [
-        node
-        for node in consumers(tensor)
-        if node.op == "Conv"
-        and is_onnx(node)
-        and node.inputs[0] is tensor
-        and is_constant(node.inputs[1])
-    ]
+    return [node for node in consumers(tensor) if _has_weight(node) and node.inputs[0] is tensor]
 
 
 def _rewrite(model: Model, graph: gs.Graph, end: gs.Node, found: _Expression, names: Names) -> str:
@@ -333,7 +351,7 @@ def _rewrite(model: Model, graph: gs.Graph, end: gs.Node, found: _Expression, na
     main = max(found.convs, key=lambda conv: int(np.prod(conv.inputs[1].shape)))
     m = found.map
     assert m.kernel is not None
-    weight = constant(_weight_name(model, main, names), m.kernel.astype(np.float32))
+    weight = constant(_weight_name(model, main, m.kernel.shape, names), m.kernel.astype(np.float32))
     inputs = [found.source, weight]
     if not m.keeps_zero:
         bias = np.broadcast_to(m.bias, (m.kernel.shape[0],)).astype(np.float32)
@@ -361,8 +379,13 @@ def _rewrite(model: Model, graph: gs.Graph, end: gs.Node, found: _Expression, na
     return str(main.name)
 
 
-def _weight_name(model: Model, main: gs.Node, names: Names) -> str:
-    """The old weight's name where nothing else reads it."""
+def _weight_name(model: Model, main: gs.Node, shape: tuple[int, ...], names: Names) -> str:
+    """The old weight's name where nothing else reads it.
+
+    A weight of another shape gets another name: some exporters declare the shapes of weights.
+    """
     old = main.inputs[1]
     free = len(old.outputs) == 1 and not is_graph_output(model, old)
-    return str(old.name) if free else names.tensor(f"{old.name}/folded")
+    if free and tuple(old.shape) == tuple(shape):
+        return str(old.name)
+    return names.tensor(f"{old.name}/folded")

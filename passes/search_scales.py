@@ -57,14 +57,24 @@ class SearchScales:
 
 
 def node_series(weight: Weight, node: NodePlan, plan: Plan) -> Series:
-    """The terms of one node, as matrices [out, in]."""
-    return realize(
-        node.series,
-        weight.matrix(),
-        plan.scales[node.name],
-        bits=node.bits,
-        granularity=node.matrix_granularity(),
-    )
+    """The terms of one node, as matrices [out, in].
+
+    Raises:
+        ConfigError: the plan's scales are of another shape, sign or ratio than the series needs.
+    """
+    try:
+        return realize(
+            node.series,
+            weight.matrix(),
+            plan.scales[node.name],
+            bits=node.bits,
+            granularity=node.matrix_granularity(),
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"plan: the scales of node {node.name!r} do not fit: {error}; delete its .npz to have "
+            "them searched again"
+        ) from None
 
 
 def match_plan(model: Model, plan: Plan) -> list[tuple[NodePlan, tuple[Candidate, Weight]]]:

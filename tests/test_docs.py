@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from onnxq import passes
 
 ROOT = Path(__file__).parents[1]

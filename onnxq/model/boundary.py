@@ -28,9 +28,9 @@ from onnxq.model.types import Model, Source
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence gs's log below errors, here only."""
+    """Silence gs's log, here only: what it calls critical it also raises."""
     severity = G_LOGGER.severity
-    G_LOGGER.severity = G_LOGGER.ERROR
+    G_LOGGER.severity = G_LOGGER.CRITICAL + 1
     try:
         yield
     finally:

@@ -14,6 +14,8 @@ from onnxq.model.external import is_external
 from onnxq.model.order import sort_nodes
 from onnxq.model.protos import bodies, dense_tensors, label, other_tensors
 
+_MOST_AXES = 32  # of numpy 1; numpy 2 holds 64
+
 
 def check_structure(proto: ModelProto, where: str) -> None:
     """Check the whole model; nodes that are not in topological order are sorted in place.
@@ -46,6 +48,11 @@ def _check_tensors(proto: ModelProto, where: str) -> None:
                 f"{where}: tensor {tensor.name!r} has type FLOAT8E4M3FNUZ, which "
                 "onnx-graphsurgeon turns into FLOAT8E4M3FN (every value doubled): store it as "
                 "FLOAT8E4M3FN or FLOAT16"
+            )
+        if len(tensor.dims) > _MOST_AXES:
+            raise ModelError(
+                f"{where}: tensor {tensor.name!r} has {len(tensor.dims)} dimensions, more than the "
+                f"{_MOST_AXES} that numpy can hold"
             )
     rare = list(other_tensors(proto.graph))
     for info in proto.training_info:

@@ -11,6 +11,7 @@ from onnxq.model.boundary import build
 from onnxq.model.checks import check_structure
 from onnxq.model.inline import inline_functions
 from onnxq.model.reader import as_path, copy_of, read_file
+from onnxq.model.text import check_text
 from onnxq.model.types import Model
 
 
@@ -31,6 +32,7 @@ def load(source: str | os.PathLike[str] | ModelProto) -> Model:
     else:
         path = as_path(source)
         where, proto = str(path), read_file(path)
+    check_text(proto, where)
     proto = inline_functions(proto, where)
     check_structure(proto, where)
     return build(proto, where, path)

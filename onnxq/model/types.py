@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ class Model:
     path: Path | None
     overridable: set[str]
     source: Source = field(repr=False)
+
+    @cached_property
+    def all_graphs(self) -> list[Any]:
+        """The main graph and all bodies, found once: passes do not add or remove any."""
+        return [graph for _, graph in graphs(self)]
 
     @property
     def opset(self) -> int:

@@ -63,6 +63,8 @@ def _infos(graph: Any, stash: GraphStash, out: GraphProto, live: Collection[str]
                 out.value_info.add().CopyFrom(value.proto)
         elif id(tensor) in used or tensor.name in initializers:
             done.add(id(tensor))
+            if id(tensor) not in used and _contradicts(value.proto, out):
+                continue  # a new initializer took the name, with another type or shape
             if value.untouched():
                 out.value_info.add().CopyFrom(value.proto)
             elif not isinstance(tensor, Constant) and tensor.dtype is not None:
@@ -73,6 +75,17 @@ def _infos(graph: Any, stash: GraphStash, out: GraphProto, live: Collection[str]
             if tensor.name and not known and id(tensor) not in done:
                 done.add(id(tensor))
                 _write(out.value_info.add(), tensor, None)
+
+
+def _contradicts(known: ValueInfoProto, out: GraphProto) -> bool:
+    """Whether the initializer of that name has another type or shape than is declared."""
+    kind = known.type.tensor_type
+    declared = [dim.dim_value for dim in kind.shape.dim]
+    return any(
+        tensor.name == known.name
+        and (tensor.data_type != kind.elem_type or list(tensor.dims) != declared)
+        for tensor in out.initializer
+    )
 
 
 def _by_id(tensors: Iterable[Any]) -> dict[int, Any]:

@@ -57,6 +57,7 @@ OPTIONS = [
     ("--input-shape x=1,4,8,8", ["--input-shape x=1,4,8,8: the input is [1, 3, 8, 8]"]),
     ("--input-shape x=1,3,8,8 --input-shape x=1,3,8,9", ["input 'x' has two shapes"]),
     (f"--input-shape x=1,3,8,8 --data {DIGITS}", ["leave it away with --data"]),
+    ("--plan missing.json --terms 3", ["--terms beside --plan", "leave one out"]),
     ("--plan missing.json", ["plan missing.json: cannot be read (No such file"]),
     ("--plan .", ["plan .: cannot be read (Is a directory)"]),
     ("--plan-out no/p.json", ["plan no/p.json: the folder no does not exist"]),

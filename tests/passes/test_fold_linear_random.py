@@ -9,6 +9,7 @@ import onnx
 import pytest
 from branches import UNIT, Case, cases, magnitudes, roundings
 from hypothesis import HealthCheck, given, settings
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from small import run
 
 from onnxq.model import load, to_proto
@@ -61,8 +62,8 @@ def assert_equal(case: Case, after: onnx.ModelProto) -> None:
         count = roundings(case.proto, positions), roundings(after, positions)
         part = sum(math.expm1(m * math.log1p(UNIT)) for m in count) * (1 + UNIT) ** count[0]
         for optimize in (False, True):
-            want = run(case.proto, feed, optimize=optimize)
-            got = run(after, feed, optimize=optimize)
+            want = outputs(case.proto, feed, optimize=optimize)
+            got = outputs(after, feed, optimize=optimize)
             for name, a, b, total in zip(names, want, got, sums, strict=False):
                 assert a.shape == b.shape, name
                 limit = np.zeros_like(total) if exact else part * total
@@ -70,6 +71,22 @@ def assert_equal(case: Case, after: onnx.ModelProto) -> None:
                     f"{name} of {feed['x'].shape}, optimize={optimize}: off by "
                     f"{np.abs(a - b).max()}, allowed {limit.max()}"
                 )
+
+
+def outputs(
+    proto: onnx.ModelProto, feed: dict[str, np.ndarray], *, optimize: bool
+) -> list[np.ndarray]:
+    """Outputs of a model.
+
+    onnxruntime's own fusion of Pad into AveragePool makes some models that it then refuses, as the
+    pads exceed the kernel; those run without optimisation.
+    """
+    try:
+        return run(proto, feed, optimize=optimize)
+    except Fail as error:
+        if not optimize or "Pad should be smaller than kernel" not in str(error):
+            raise
+        return run(proto, feed, optimize=False)
 
 
 def runnable(case: Case) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import numpy_helper, parser
+from kitchen_sink import parse_model
+from onnx import numpy_helper
 
 from onnxq.model import load, to_proto
 from onnxq.passes import GraphPass, PassResult, signature, verify
@@ -19,7 +20,7 @@ def model(
 ) -> onnx.ModelProto:
     """A checked model from the text of its graph; `constants` become initializers."""
     header = f'<ir_version: {ir}, opset_import: ["" : {opset}]>'
-    proto = parser.parse_model(f"{header}\n{text}")
+    proto = parse_model(f"{header}\n{text}")
     for name, array in (constants or {}).items():
         proto.graph.initializer.append(numpy_helper.from_array(array, name))
     onnx.checker.check_model(proto, full_check=True)
