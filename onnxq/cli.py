@@ -68,6 +68,7 @@ PLANNING = (
     "terms",
     "activations",
     "layout",
+    "packing",
     "series",
     "block_size",
     "include",
@@ -94,6 +95,12 @@ def quantize(
     series: Annotated[
         Literal["auto", "fixed_ratio", "digit", "joint"],
         typer.Option(help="How the scales of the terms relate."),
+    ] = "auto",
+    packing: Annotated[
+        Literal["auto", "int4", "uint8"],
+        typer.Option(
+            help="How 4-bit integers are stored: int4 needs onnxruntime 1.23 to run, uint8 not."
+        ),
     ] = "auto",
     block_size: Annotated[
         int | None,
@@ -137,6 +144,7 @@ def quantize(
             series=series,
             activations=activations,
             layout=layout,
+            packing=packing,
             block_size=block_size,
             include=include or (),
             exclude=exclude or (),

@@ -17,6 +17,7 @@ from onnxq.kernels_ref import PerAxis, PerBlock, PerTensor, SeriesKind
 
 Activations = Literal["none", "dynamic"]
 Layout = Literal["parallel", "merged"]
+Packing = Literal["int4", "uint8"]
 GranularityName = Literal["per_tensor", "per_channel", "per_block"]
 FloatArray = npt.NDArray[Any]
 
@@ -44,6 +45,7 @@ class NodePlan(BaseModel):
     block_size: int | None = Field(default=None, ge=2)
     activations: Activations = "none"
     layout: Layout = "parallel"
+    packing: Packing = "int4"
 
     @model_validator(mode="after")
     def _consistent(self) -> NodePlan:

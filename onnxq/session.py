@@ -37,6 +37,12 @@ class InputSpec:
     shape: tuple[int | str | None, ...]
 
 
+def casts_int4() -> bool:
+    """Whether the installed onnxruntime casts ONNX's 4-bit types: from 1.23 on (measured)."""
+    major, minor = ort.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (1, 23)
+
+
 def open_session(
     model: str | Path | bytes, *, threads: int | None = None, optimize: bool = True
 ) -> ort.InferenceSession:

@@ -22,18 +22,18 @@ def required_opset(plan: Plan) -> int:
     """The lowest default-domain opset in which the plan's forms exist.
 
     Cast and constants of INT4/UINT4: opset 21. DequantizeLinear with one scale per channel: 13.
-    Gemm without a C, for all basis nodes but the first: 11. Slice with its ends as inputs, which
-    cuts off the padding of the last block: 10. Cast of int8 and Mul with broadcasting: 7.
+    BitShift, for nibbles in bytes: 11. Slice with its ends as inputs, which cuts off the padding
+    of the last block: 10. Cast of int8 and Mul with broadcasting: 7.
     """
     return max((_required_opset(node) for node in plan.quantized), default=7)
 
 
 def _required_opset(node: NodePlan) -> int:
-    if stored_bits(node.bits) == PACKED_BITS:
+    if stored_bits(node.bits) == PACKED_BITS and node.packing == "int4":
         return 21
     if node.activations == "dynamic":
         return 13
-    if node.op_type == "Gemm" and node.layout == "parallel" and node.terms > 1:
+    if stored_bits(node.bits) == PACKED_BITS:
         return 11
     return 10 if node.block_size else 7
 
@@ -87,6 +87,7 @@ class Expand:
             entry.op_type == "Conv",  # ConvInteger and MatMulInteger take other integer types
             entry.activations,
             entry.layout,
+            entry.packing,
             entry.scales_key(),
             *(scale.tobytes() for scale in self.plan.scales[entry.name]),
         )

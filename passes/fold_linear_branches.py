@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ _REPORTED = ("BatchNormalization", "Pad")
 _ACTIVATIONS = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Elu")
 _SAME_CHANNELS = frozenset((*_ACTIVATIONS, "BatchNormalization", "Identity", "Neg", "AveragePool"))
 _SAME_RANK = _SAME_CHANNELS | {"Pad", "MaxPool"}
-# A longer chain is folded in several rounds, so that Python's stack is never the limit.
+# Sums nested deeper are folded in several rounds, so that Python's stack is never the limit.
 _DEEPEST = 64
 
 
@@ -92,7 +92,7 @@ def _sweep(model: Model, graph: gs.Graph, names: Names, skipped: dict[str, str])
     gone: set[int] = set()
     reader = _Reader(model, graph)
     for node in reversed(list(graph.nodes)):
-        if id(node) in gone or not _linear(node):
+        if id(node) in gone or id(node) in reader.barren or not _linear(node):
             continue
         try:
             found = reader.best(node)
@@ -139,6 +139,7 @@ class _Reader:
         self._memo: dict[int, _Expression] = {}
         self._frugal = False
         self._failed: dict[int, Unfoldable] = {}  # node -> why it went no deeper
+        self.barren: set[int] = set()  # nodes of expressions without a Conv
 
     def best(self, node: gs.Node) -> _Expression:
         """The deepest expression of a node's output that is worth a Conv.
@@ -162,6 +163,8 @@ class _Reader:
                 continue
             if len(found.nodes) > 1 and found.convs:
                 return found
+            if not found.convs:
+                self.barren |= set(found.nodes) - set(self._failed)
             reason = reason or self._failed.get(id(node))
         if reason is None:
             raise _NoCandidate(f"{node.op} {node.name!r} stands alone")
@@ -195,14 +198,33 @@ class _Reader:
         return self._memo[id(tensor)]
 
     def _read(self, tensor: Any, depth: int) -> _Expression:
-        alone = _Expression(tensor, affine(1.0, 0.0))
-        producer = self._linear_producer(tensor)
-        if producer is None or depth > _DEEPEST or self._why_source(tensor):
-            return alone
+        chain: list[tuple[Any, gs.Node]] = []  # a loop, as a chain may be longer than the stack
+        start = tensor
+        while id(start) not in self._memo:
+            producer = self._linear_producer(start)
+            if producer is None or self._why_source(start):
+                break
+            if _is_join(producer):
+                if depth < _DEEPEST:
+                    self._memo[id(start)] = self._or_alone(self._join, start, producer, depth + 1)
+                break
+            chain.append((start, producer))
+            x = variable_input(producer)
+            if x is None:
+                break
+            start = x
+        for link, producer in reversed(chain):
+            self._memo[id(link)] = self._or_alone(self._unary, link, producer, depth)
+        return self._memo.get(id(tensor)) or _Expression(tensor, affine(1.0, 0.0))
+
+    @staticmethod
+    def _or_alone(
+        read: Callable[[gs.Node, int], _Expression], tensor: Any, node: gs.Node, depth: int
+    ) -> _Expression:
         try:
-            return self._end(producer, depth + 1)
+            return read(node, depth)
         except Unfoldable:
-            return alone
+            return _Expression(tensor, affine(1.0, 0.0))
 
     def _linear_producer(self, tensor: Any) -> gs.Node | None:
         producer = tensor.inputs[0] if tensor.inputs else None

@@ -13,7 +13,7 @@ from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
 from onnxq.model import Model, get_metadata
 from onnxq.passes.weights import LINEAR, Candidate, Weight, candidates, check_finite
-from onnxq.plan import Activations, Layout, NodePlan, Plan
+from onnxq.plan import Activations, Layout, NodePlan, Packing, Plan
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class SelectNodes:
     block_size: int | None = None
     activations: Activations = "dynamic"
     layout: Layout = "parallel"
+    packing: Packing = "int4"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     embeddings: bool = False
@@ -77,6 +78,7 @@ class SelectNodes:
             granularity="per_block" if self.block_size else "per_channel",
             block_size=self.block_size,
             activations=activations,
+            packing=self.packing,
             layout=self.layout if node.op in LINEAR else "merged",
         )
 

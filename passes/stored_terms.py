@@ -18,6 +18,7 @@ from onnx import TensorProto
 
 from onnxq.kernels_ref import Series, Term
 from onnxq.passes.edit import Builder
+from onnxq.passes.nibbles import pack_nibbles, unpack_nibbles
 from onnxq.passes.weights import Weight
 from onnxq.plan import NodePlan
 
@@ -67,9 +68,8 @@ class StoredTerms:
 
     def _float_term(self, builder: Builder, i: int) -> Any:
         term, base = self.series.terms[i], self._base(i)
-        q = self._constant(f"{base}/q", builder, lambda: self._stored_q(term), _signed_type(term))
+        as_float = self._loaded(builder, i, partial(self._stored_q, term), TensorProto.FLOAT)
         scale = self._constant(f"{base}/scale", builder, lambda: self._stored_scale(term))
-        as_float = builder.add("Cast", f"{base}/cast", [q], attrs={"to": TensorProto.FLOAT})
         return builder.add("Mul", f"{base}/dequantized", [as_float, scale])
 
     def _in_shape(self, builder: Builder, tensor: Any) -> Any:
@@ -126,11 +126,9 @@ class StoredTerms:
         self, builder: Builder, indices: tuple[int, ...], to: int, zero_point: int
     ) -> Any:
         base = self.weight.tensor.name
-        data_type = _signed_type(self.series.terms[0])
         total = None
         for i in indices:
-            q = self._constant(f"{self._base(i)}/q", builder, partial(self._plain_q, i), data_type)
-            part = builder.add("Cast", f"{self._base(i)}/int", [q], attrs={"to": TensorProto.INT32})
+            part = self._loaded(builder, i, partial(self._plain_q, i), TensorProto.INT32)
             if total is not None:
                 part = builder.add("Add", f"{self._base(i)}/added", [total, part])
             if i != indices[-1]:
@@ -147,20 +145,36 @@ class StoredTerms:
         return builder.add("Cast", f"{base}/integer", [total], attrs={"to": to})
 
     def _one_integer(self, builder: Builder, i: int, to: int, zero_point: int) -> Any:
-        bits, base = self.series.terms[i].bits, self._base(i)
-        packed = stored_bits(bits) == PACKED_BITS
-        if to == TensorProto.INT8:
-            stored_type = TensorProto.INT4 if packed else TensorProto.INT8
-        else:
-            stored_type = TensorProto.UINT4 if packed else TensorProto.UINT8
-        dtype = np.int8 if to == TensorProto.INT8 else np.uint8
-        q = self._constant(
-            f"{base}/q",
-            builder,
-            lambda: (self._plain_q(i).astype(np.int16) + zero_point).astype(dtype),
-            stored_type,
-        )
-        return builder.add("Cast", f"{base}/integer", [q], attrs={"to": to}) if packed else q
+        def make() -> Array:
+            return np.asarray(self._plain_q(i).astype(np.int16) + zero_point)
+
+        return self._loaded(builder, i, make, to, unsigned=to == TensorProto.UINT8)
+
+    def _loaded(
+        self,
+        builder: Builder,
+        i: int,
+        make: Callable[[], Array],
+        to: int,
+        *,
+        unsigned: bool = False,
+    ) -> Any:
+        """The stored integers of a term, as the element type `to` once the model is loaded."""
+        base = self._base(i)
+        if stored_bits(self.series.terms[i].bits) != PACKED_BITS:
+            kind = TensorProto.UINT8 if unsigned else TensorProto.INT8
+            q = self._constant(f"{base}/q", builder, make, kind)
+            return q if to == kind else builder.add("Cast", f"{base}/cast", [q], attrs={"to": to})
+        if self.plan.packing == "uint8":
+            values = make()
+            offset = 0 if unsigned else 8
+            packed = self._constant(
+                f"{base}/q", builder, lambda: pack_nibbles(values.astype(np.int16) + offset)
+            )
+            return unpack_nibbles(builder, packed, values.shape, base, to=to, offset=offset)
+        kind = TensorProto.UINT4 if unsigned else TensorProto.INT4
+        q = self._constant(f"{base}/q", builder, make, kind)
+        return builder.add("Cast", f"{base}/cast", [q], attrs={"to": to})
 
     def channel_scale(self, builder: Builder, i: int, shape: tuple[int, ...]) -> Any:
         """The term's scale per output channel, in `shape`."""
@@ -205,7 +219,3 @@ def term_bytes(term: Term) -> int:
     """Bytes that a term takes in the file: packed integers and float32 scales."""
     count = math.prod(term.q.shape)
     return math.ceil(count * stored_bits(term.bits) / 8) + 4 * int(np.size(term.scale))
-
-
-def _signed_type(term: Term) -> int:
-    return TensorProto.INT4 if stored_bits(term.bits) == PACKED_BITS else TensorProto.INT8

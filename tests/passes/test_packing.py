@@ -1,0 +1,98 @@
+"""4-bit integers as two in a byte: the same values, for runtimes without INT4."""
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto
+from small import feeds, model, run, weights
+
+import onnxq
+from onnxq.passes.nibbles import pack_nibbles
+from onnxq.session import open_session
+
+
+@given(st.lists(st.integers(0, 15), min_size=1, max_size=33))
+def test_both_halves_come_back(integers):
+    packed = pack_nibbles(np.array(integers))
+    assert packed.dtype == np.uint8
+    assert packed.size == -(-len(integers) // 2)
+    assert [*(packed & 15), *(packed >> 4)][: len(integers)] == integers
+
+
+def source(outputs: int = 4) -> onnx.ModelProto:
+    return model(
+        """g (float[1,3,8,8] x) => (float[1,5] y) {
+            [conv] c = Conv (x, w, b)
+            [relu] r = Relu (c)
+            [pool] p = GlobalAveragePool (r)
+            [flat] f = Flatten (p)
+            [fc] y = MatMul (f, v)
+        }""",
+        {
+            "w": weights(outputs, 3, 3, 3),
+            "b": weights(outputs, seed=1),
+            "v": weights(outputs, 5, seed=2),
+        },
+    )
+
+
+@pytest.mark.parametrize("outputs", [4, 5])  # 5·27 and 5·5 are odd
+@pytest.mark.parametrize("activations", ["none", "dynamic"])
+@pytest.mark.parametrize("layout", ["parallel", "merged"])
+@pytest.mark.parametrize("options", [{}, {"block_size": 4}, {"weight_bits": 2, "terms": 3}])
+def test_the_same_outputs_as_int4(outputs, activations, layout, options):
+    if activations == "dynamic" and "block_size" in options:
+        pytest.skip("blocks are for float compute")
+    proto = source(outputs)
+    made = {
+        packing: onnxq.quantize(
+            proto, activations=activations, layout=layout, packing=packing, **options
+        ).model
+        for packing in ("int4", "uint8")
+    }
+    kinds = {i.data_type for i in made["uint8"].graph.initializer}
+    assert not kinds & {TensorProto.INT4, TensorProto.UINT4}
+    assert max(o.version for o in made["uint8"].opset_import) == 17  # not raised
+    feed = feeds(proto)
+    for optimize in (True, False):
+        want = run(made["int4"], feed, optimize=optimize)
+        got = run(made["uint8"], feed, optimize=optimize)
+        np.testing.assert_array_equal(got[0], want[0])
+
+
+def test_is_folded_when_the_model_is_loaded(tmp_path):
+    import onnxruntime as ort
+
+    proto = onnxq.quantize(source(), activations="none", layout="merged", packing="uint8").model
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    left = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    assert not left & {"Mod", "BitShift", "Concat", "Cast", "Sub", "Mul"}
+
+
+@pytest.mark.parametrize(("version", "packing"), [("1.22.1", "uint8"), ("1.23.0", "int4")])
+def test_auto_asks_the_installed_onnxruntime(monkeypatch, version, packing):
+    from onnxq import session
+
+    monkeypatch.setattr(session.ort, "__version__", version)
+    plan = onnxq.quantize(source(), activations="none").plan
+    assert {node.packing for node in plan.quantized} == {packing}
+
+
+def test_file_size(tmp_path):
+    """Two in a byte take the bytes of INT4, but for the few nodes that unpack them."""
+    proto = model(
+        "g (float[1,256] x) => (float[1,256] y) { [fc] y = MatMul (x, w) }",
+        {"w": weights(256, 256)},
+    )
+    sizes = [
+        onnxq.quantize(proto, activations="none", packing=packing).report.size_after
+        for packing in ("int4", "uint8")
+    ]
+    assert sizes[0] < sizes[1] < sizes[0] + 4000
+    open_session(onnxq.quantize(proto, packing="uint8").model.SerializeToString())
