@@ -19,9 +19,9 @@ from onnxq.kernels_ref import SeriesKind
 from onnxq.model import Model, load, save, to_proto
 from onnxq.passes import SelectNodes
 from onnxq.pipeline import rewrite
-from onnxq.plan import Activations, Layout, Packing, Plan, scales_path
+from onnxq.plan import Activations, Layout, Plan, scales_path
 from onnxq.report import Report, make_report
-from onnxq.session import casts_int4, open_session
+from onnxq.session import CASTS_INT4, CONVOLVES_INT8, open_session, runtime_version
 from onnxq.validation import DataSource, Validation, check_targets, reference_of, size_of
 
 Array = npt.NDArray[Any]
@@ -38,7 +38,7 @@ class Options(BaseModel):
     series: SeriesKind | Literal["auto"] = "auto"
     activations: Activations = "dynamic"
     layout: Layout = "parallel"
-    packing: Packing | Literal["auto"] = "auto"
+    min_runtime: str | None = None
     block_size: int | None = Field(default=None, ge=2)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -84,10 +84,13 @@ class Options(BaseModel):
 
     def select(self) -> SelectNodes:
         """The planning pass with these options."""
-        options = self.model_dump()
-        if self.packing == "auto":
-            options["packing"] = "int4" if casts_int4() else "uint8"
-        return SelectNodes(**options)
+        options = self.model_dump(exclude={"min_runtime"})
+        version = runtime_version(self.min_runtime)
+        return SelectNodes(
+            **options,
+            packing="int4" if version >= CASTS_INT4 else "uint8",
+            conv_activations="int8" if version >= CONVOLVES_INT8 else "uint8",
+        )
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def quantize(
     series: SeriesKind | Literal["auto"] = "auto",
     activations: Activations = "dynamic",
     layout: Layout = "parallel",
-    packing: Packing | Literal["auto"] = "auto",
+    min_runtime: str | None = None,
     block_size: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -155,9 +158,9 @@ def quantize(
             docs/numerics.md); auto chooses by the number of terms.
         activations: none (float compute) or dynamic (integer compute, quantized at run time).
         layout: parallel (a node per term, summed by Add) or merged (terms summed as weights).
-        packing: how 4-bit integers are stored: int4 (ONNX's own type; the file needs opset 21 and
-            onnxruntime 1.23 or newer) or uint8 (two in a byte, for any onnxruntime from 1.20 on);
-            auto takes int4 where the installed onnxruntime can run it.
+        min_runtime: the oldest onnxruntime that must run the file, such as "1.20"; the installed
+            one if not given. Before 1.23 4-bit integers are stored as two in a byte, before 1.24
+            Conv takes uint8 activations, which is slower.
         block_size: one scale per so many inputs of a channel; float compute only.
         include, exclude: globs of node names; only matching / all but matching ones are quantized.
         embeddings: also quantize the tables that Gather reads rows of; they are float again once
@@ -180,7 +183,7 @@ def quantize(
         series=series,
         activations=activations,
         layout=layout,
-        packing=packing,
+        min_runtime=min_runtime,
         block_size=block_size,
         include=_globs(include),
         exclude=_globs(exclude),

@@ -68,7 +68,7 @@ PLANNING = (
     "terms",
     "activations",
     "layout",
-    "packing",
+    "min_runtime",
     "series",
     "block_size",
     "include",
@@ -96,12 +96,13 @@ def quantize(
         Literal["auto", "fixed_ratio", "digit", "joint"],
         typer.Option(help="How the scales of the terms relate."),
     ] = "auto",
-    packing: Annotated[
-        Literal["auto", "int4", "uint8"],
+    min_runtime: Annotated[
+        str | None,
         typer.Option(
-            help="How 4-bit integers are stored: int4 needs onnxruntime 1.23 to run, uint8 not."
+            metavar="VERSION",
+            help="The oldest onnxruntime that must run the file; the installed one if not given.",
         ),
-    ] = "auto",
+    ] = None,
     block_size: Annotated[
         int | None,
         typer.Option(help="One scale per so many inputs of a channel (with --activations none)."),
@@ -144,7 +145,7 @@ def quantize(
             series=series,
             activations=activations,
             layout=layout,
-            packing=packing,
+            min_runtime=min_runtime,
             block_size=block_size,
             include=include or (),
             exclude=exclude or (),

@@ -18,6 +18,7 @@ from onnxq.kernels_ref import PerAxis, PerBlock, PerTensor, SeriesKind
 Activations = Literal["none", "dynamic"]
 Layout = Literal["parallel", "merged"]
 Packing = Literal["int4", "uint8"]
+ActivationType = Literal["int8", "uint8"]
 GranularityName = Literal["per_tensor", "per_channel", "per_block"]
 FloatArray = npt.NDArray[Any]
 
@@ -46,6 +47,7 @@ class NodePlan(BaseModel):
     activations: Activations = "none"
     layout: Layout = "parallel"
     packing: Packing = "int4"
+    conv_activations: ActivationType = "int8"
 
     @model_validator(mode="after")
     def _consistent(self) -> NodePlan:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from onnxq.errors import ValidationError
+from onnxq.errors import ConfigError, ValidationError
 
 _FATAL_ONLY = 4  # a failed run is raised; onnxruntime would also print it
 _DTYPES = {
@@ -37,10 +37,24 @@ class InputSpec:
     shape: tuple[int | str | None, ...]
 
 
-def casts_int4() -> bool:
-    """Whether the installed onnxruntime casts ONNX's 4-bit types: from 1.23 on (measured)."""
-    major, minor = ort.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (1, 23)
+# The first onnxruntime with a CPU kernel, found by trying 1.20 to 1.24 and 1.31.
+CASTS_INT4 = (1, 23)
+CONVOLVES_INT8 = (1, 24)  # ConvInteger with int8 activations
+
+
+def runtime_version(text: str | None) -> tuple[int, int]:
+    """(major, minor) of a version such as "1.20"; of the installed onnxruntime if None.
+
+    Raises:
+        ConfigError: the text is no version.
+    """
+    try:
+        major, minor = (text or ort.__version__).split(".")[:2]
+        return int(major), int(minor)
+    except ValueError:
+        raise ConfigError(
+            f"--min-runtime {text!r}: give a version of onnxruntime, as 1.20"
+        ) from None
 
 
 def open_session(

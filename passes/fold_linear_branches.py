@@ -134,7 +134,7 @@ class _Reader:
     """Reads tensors of one graph as linear expressions."""
 
     def __init__(self, model: Model, graph: gs.Graph) -> None:
-        self._model = model
+        self._outputs = {id(t) for _, any_graph in graphs(model) for t in any_graph.outputs}
         self._own = {id(node) for node in graph.nodes}
         self._memo: dict[int, _Expression] = {}
         self._frugal = False
@@ -188,7 +188,7 @@ class _Reader:
         """Why a tensor that a linear node computes is read as it is, if it is."""
         if len(consumers(tensor)) > 1:
             return f"{tensor.name!r} is also read elsewhere"
-        if is_graph_output(self._model, tensor):
+        if id(tensor) in self._outputs:
             return f"{tensor.name!r} is an output of the graph"
         return None
 
@@ -254,7 +254,9 @@ class _Reader:
         return _combine(_Expression(x, affine(1.0, 0.0)), node)
 
     def _join(self, node: gs.Node, depth: int) -> _Expression:
-        tensors = [t for t in node.inputs if not is_constant(t)]
+        tensors = [t for t in node.inputs if t.name and not is_constant(t)]
+        if not tensors or node.attrs:  # attributes: the broadcast rules before opset 7
+            raise _NoCandidate("adds constants, or by rules of old")
         parts = [self._tensor(t, depth) for t in tensors]
         source = parts[0].source
         if any(part.source is not source for part in parts):

@@ -9,6 +9,8 @@ Which pair of 8-bit types is used (measured on onnxruntime; exact on every CPU):
 | MatMulInteger | <= 7        | uint8 · int8        | the fastest pair; |w| <= 64 cannot saturate  |
 | MatMulInteger | 8           | uint8 · uint8       | uint8·int8 saturates on AVX2 without VNNI   |
 
+int8 activations of ConvInteger need onnxruntime 1.24; for older ones the plan says uint8.
+
 (x86 CPUs without VNNI add two 8-bit products in 16 bits: onnxruntime issue 6004.)
 """
 
@@ -63,7 +65,8 @@ def lower_dynamic(site: Site, quantizer: ActivationQuantizer) -> None:
 def _conv_term(site: Site, x: Any, group: tuple[int, ...], quantizer: ActivationQuantizer) -> Any:
     builder, name = site.builder, _term_name(site, group)
     bits = site.plan.bits * len(group)
-    xq = quantizer.int8(builder, x) if bits <= SAFE_BITS else quantizer.uint8(builder, x)
+    signed = bits <= SAFE_BITS and site.plan.conv_activations == "int8"
+    xq = quantizer.int8(builder, x) if signed else quantizer.uint8(builder, x)
     zero_point = 2 ** (bits - 1)
     weight = site.stored.integer_weight(builder, group, signed=False, zero_point=zero_point)
     zero = builder.scalar(np.uint8(zero_point))

@@ -13,7 +13,7 @@ from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
 from onnxq.model import Model, get_metadata
 from onnxq.passes.weights import LINEAR, Candidate, Weight, candidates, check_finite
-from onnxq.plan import Activations, Layout, NodePlan, Packing, Plan
+from onnxq.plan import Activations, ActivationType, Layout, NodePlan, Packing, Plan
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class SelectNodes:
     activations: Activations = "dynamic"
     layout: Layout = "parallel"
     packing: Packing = "int4"
+    conv_activations: ActivationType = "int8"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     embeddings: bool = False
@@ -79,6 +80,7 @@ class SelectNodes:
             block_size=self.block_size,
             activations=activations,
             packing=self.packing,
+            conv_activations=self.conv_activations,
             layout=self.layout if node.op in LINEAR else "merged",
         )
 

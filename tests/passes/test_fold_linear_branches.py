@@ -326,6 +326,14 @@ def test_keeps_operators_of_other_domains():
     assert FoldLinearBranches()(load(proto)).rewritten == ()
 
 
+def test_keeps_a_sum_of_constants():
+    proto = graph(
+        f"[k] k = Add (per, one) [s] s = Sum (per, per) [a] a = Conv <{PADS}> (x, w3) "
+        "[t] t = Sum (k, s) [m] y = Mul (a, t)"
+    )
+    assert_pass(proto, FoldLinearBranches(), expect=ops(proto), rewritten=(), skipped={})
+
+
 def test_keeps_a_residual_without_a_word():
     """Ordinary parts of a model are no candidates."""
     proto = graph(f"[a] a = Conv <{PADS}> (x, w3) [r] r = Relu (a) [s] y = Add (r, x)")

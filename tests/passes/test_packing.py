@@ -48,9 +48,9 @@ def test_the_same_outputs_as_int4(outputs, activations, layout, options):
     proto = source(outputs)
     made = {
         packing: onnxq.quantize(
-            proto, activations=activations, layout=layout, packing=packing, **options
+            proto, activations=activations, layout=layout, min_runtime=runtime, **options
         ).model
-        for packing in ("int4", "uint8")
+        for packing, runtime in (("int4", "1.23"), ("uint8", "1.22"))
     }
     kinds = {i.data_type for i in made["uint8"].graph.initializer}
     assert not kinds & {TensorProto.INT4, TensorProto.UINT4}
@@ -65,7 +65,7 @@ def test_the_same_outputs_as_int4(outputs, activations, layout, options):
 def test_is_folded_when_the_model_is_loaded(tmp_path):
     import onnxruntime as ort
 
-    proto = onnxq.quantize(source(), activations="none", layout="merged", packing="uint8").model
+    proto = onnxq.quantize(source(), activations="none", layout="merged", min_runtime="1.22").model
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -75,13 +75,34 @@ def test_is_folded_when_the_model_is_loaded(tmp_path):
     assert not left & {"Mod", "BitShift", "Concat", "Cast", "Sub", "Mul"}
 
 
-@pytest.mark.parametrize(("version", "packing"), [("1.22.1", "uint8"), ("1.23.0", "int4")])
-def test_auto_asks_the_installed_onnxruntime(monkeypatch, version, packing):
+@pytest.mark.parametrize(
+    ("version", "packing", "activations"),
+    [("1.22.1", "uint8", "uint8"), ("1.23.0", "int4", "uint8"), ("1.24.0", "int4", "int8")],
+)
+def test_the_forms_follow_the_runtime(monkeypatch, version, packing, activations):
     from onnxq import session
 
     monkeypatch.setattr(session.ort, "__version__", version)
-    plan = onnxq.quantize(source(), activations="none").plan
-    assert {node.packing for node in plan.quantized} == {packing}
+    installed = onnxq.quantize(source()).plan
+    monkeypatch.undo()
+    asked = onnxq.quantize(source(), min_runtime=version).plan
+    for plan in (installed, asked):
+        assert {node.packing for node in plan.quantized} == {packing}
+        assert {node.conv_activations for node in plan.quantized} == {activations}
+
+
+def test_uint8_activations_give_the_same_outputs():
+    """The int8 form is the uint8 form shifted by 128: products and scales are the same."""
+    made = [onnxq.quantize(source(), min_runtime=version).model for version in ("1.23", "1.24")]
+    feed = feeds(source())
+    want, got = (run(proto, feed)[0] for proto in made)
+    # the two compute the same scale by different operators: it may differ in its last bit
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_version_that_is_none():
+    with pytest.raises(onnxq.ConfigError, match="--min-runtime 'new': give a version"):
+        onnxq.quantize(source(), min_runtime="new")
 
 
 def test_file_size(tmp_path):
@@ -91,8 +112,8 @@ def test_file_size(tmp_path):
         {"w": weights(256, 256)},
     )
     sizes = [
-        onnxq.quantize(proto, activations="none", packing=packing).report.size_after
-        for packing in ("int4", "uint8")
+        onnxq.quantize(proto, activations="none", min_runtime=runtime).report.size_after
+        for runtime in ("1.23", "1.22")
     ]
     assert sizes[0] < sizes[1] < sizes[0] + 4000
-    open_session(onnxq.quantize(proto, packing="uint8").model.SerializeToString())
+    open_session(onnxq.quantize(proto, min_runtime="1.22").model.SerializeToString())
