@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,6 +11,7 @@ from onnxq.errors import ModelError
 from onnxq.model import Model, constant, evaluate, get_metadata, graphs, is_constant
 from onnxq.passes.base import PassResult
 from onnxq.passes.edit import consumers, is_graph_output, remove_node, replace_input
+from onnxq.passes.parameters import is_parameter
 
 # What exporters put between a stored weight and the node that reads it.
 _FOLDABLE = {
@@ -32,20 +32,6 @@ _FOLDABLE = {
     "Neg",
     "Sqrt",
     "Reciprocal",
-}
-# Operator -> input positions that hold parameters.
-_PARAMETERS = {
-    "Conv": (1, 2),
-    "ConvTranspose": (1, 2),
-    "Gemm": (1, 2),
-    "MatMul": (0, 1),
-    "BatchNormalization": (1, 2, 3, 4),
-    "Gather": (0,),
-    "LSTM": (1, 2, 3),
-    "GRU": (1, 2, 3),
-    "RNN": (1, 2, 3),
-    "Add": (0, 1),
-    "Mul": (0, 1),
 }
 
 
@@ -73,7 +59,7 @@ class FoldConstants:
             for node in list(known.values()):
                 output = node.outputs[0]
                 ends = [reader for reader in consumers(output) if id(reader) not in known]
-                if not any(_is_parameter(reader, output) for reader in ends):
+                if not any(is_parameter(reader, output) for reader in ends):
                     continue
                 reason = _reason(model, node, known)
                 if reason:
@@ -93,10 +79,6 @@ def _all_constant(node: gs.Node, known: dict[int, gs.Node]) -> bool:
     return all(
         not t.name or is_constant(t) or (t.inputs and id(t.inputs[0]) in known) for t in node.inputs
     )
-
-
-def _is_parameter(node: gs.Node, tensor: Any) -> bool:
-    return any(i in _PARAMETERS.get(node.op, ()) for i, t in enumerate(node.inputs) if t is tensor)
 
 
 def _reason(model: Model, node: gs.Node, known: dict[int, gs.Node]) -> str | None:

@@ -6,18 +6,7 @@ from dataclasses import dataclass
 
 from onnxq.model import Model, graphs
 from onnxq.passes.base import PassResult
-
-# Operator -> input positions that hold trained parameters.
-_PARAMETERS = {
-    "Conv": (1, 2),
-    "ConvTranspose": (1, 2),
-    "Gemm": (1, 2),
-    "MatMul": (0, 1),
-    "BatchNormalization": (1, 2, 3, 4),
-    "PRelu": (1,),
-    "Add": (0, 1),
-    "Mul": (0, 1),
-}
+from onnxq.passes.parameters import parameter_slots
 
 
 @dataclass(frozen=True)
@@ -41,7 +30,7 @@ class FreezeParameters:
             for node in graph.nodes:
                 for i, tensor in enumerate(node.inputs):
                     if tensor.name in read_as:
-                        read_as[tensor.name].append(i in _PARAMETERS.get(node.op, ()))
+                        read_as[tensor.name].append(i in parameter_slots(node))
         frozen = [name for name, uses in read_as.items() if all(uses)]
         model.overridable.difference_update(frozen)
         kept = set(read_as) - set(frozen)
