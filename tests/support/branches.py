@@ -249,7 +249,7 @@ class Graph:
         if self.traps and len(self.sizes) == 1 and self.chance(5):
             shapes = [t.size(self.sizes[0])[-1:]]
         channels = c
-        if self.traps and c == 1 and self.chance(6):  # one channel spreads over three
+        if self.traps and c == 1 and self.chance(2):  # one channel spreads over three
             channels, shapes = 3, [(3, *ones)]
         shape = self.pick(*shapes)
         array = self.values(*shape) if shape else np.float32(self.values(1)[0])
