@@ -14,6 +14,7 @@ from onnxq.comparison import Comparison
 from onnxq.files import model_bytes
 from onnxq.model import Model, graphs, load, save, to_proto
 from onnxq.pipeline import canonicalize, unfolded
+from onnxq.report import with_size
 from onnxq.validation import DataSource, Validation, check_targets, reference_of, size_of
 
 # Folding rounds every weight once; more than this is worth a look.
@@ -93,7 +94,7 @@ def fold(
         after=count_operators(source),
         size_before=size_of(model),
         size_after=after,
-        comparison=check.found,
+        comparison=with_size(check.found, (size_of(model), after)),
         warnings=(*check.warnings, *_differs(check.found)),
     )
     return FoldResult(report, None if output is None else Path(output), source)

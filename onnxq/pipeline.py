@@ -18,7 +18,8 @@ from onnxq.passes import (
     signature,
     verify,
 )
-from onnxq.plan import Plan
+from onnxq.passes.weights import candidates
+from onnxq.plan import NodePlan, Plan
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,13 +79,24 @@ def rewrite(model: Model, select: SelectNodes, plan: Plan | None, progress: Prog
     """
     passes = canonicalize(model)
     left = unfolded(passes, model)
-    chosen = select(model) if plan is None else plan
+    chosen = select(model) if plan is None else _with_the_rest(plan, model)
     if not chosen.quantized:
         raise _nothing_to_do(chosen)
     chosen = SearchScales(progress)(model, chosen)
     model = raise_opset(model, required_opset(chosen))
     passes["Expand"] = apply(Expand(chosen, progress), model)
     return Rewritten(model, chosen, passes, left)
+
+
+def _with_the_rest(plan: Plan, model: Model) -> Plan:
+    """The plan, and an entry with a reason for each candidate that it does not mention."""
+    planned = {node.name for node in plan.nodes}
+    rest = [
+        NodePlan(name=c.name, op_type=c.node.op, reason="not in the plan")
+        for c in candidates(model)
+        if c.name not in planned
+    ]
+    return plan.model_copy(update={"nodes": [*plan.nodes, *rest]})
 
 
 def _nothing_to_do(plan: Plan) -> ModelError | ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +99,6 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     format_version: Literal[1] = 1
-    model: str = ""
     nodes: list[NodePlan]
     scales: dict[str, tuple[FloatArray, ...]] = Field(default_factory=dict, exclude=True)
 
@@ -133,8 +133,19 @@ class Plan(BaseModel):
             arrays[f"{name}/made_for"] = np.array(keys[name])
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **_as_kwargs(arrays))
-        text = self.model_dump_json(indent=1, exclude_defaults=True) + "\n"
+        text = json.dumps(self._document(), indent=1, ensure_ascii=False) + "\n"
         write_whole({scales_path(path): buffer.getvalue(), path: text.encode()})
+
+    def _document(self) -> dict[str, Any]:
+        """Every setting of a node that is quantized, so that a user sees what can be edited."""
+        where = {"name", "op_type", "weight", "shape", "crc32", "reason"}
+        nodes = [
+            node.model_dump(exclude_none=True)
+            if node.quantized
+            else node.model_dump(include=where, exclude_defaults=True)
+            for node in self.nodes
+        ]
+        return {"format_version": self.format_version, "nodes": nodes}
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

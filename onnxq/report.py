@@ -56,7 +56,12 @@ def make_report(
         quantized=len(plan.quantized),
         kinds=dict(Counter(describe(node) for node in plan.quantized)),
         left_alone={node.name: node.reason for node in plan.nodes if node.reason},
-        notes={node.name: node.note for node in plan.quantized if node.note},
+        # a note says why a node is in float compute; an edited plan may have changed that
+        notes={
+            node.name: node.note
+            for node in plan.quantized
+            if node.note and node.activations == "none"
+        },
         folded={
             name: len(result.rewritten)
             for name, result in rewritten.passes.items()
@@ -68,9 +73,16 @@ def make_report(
         weight_bits=weight_bits(plan),
         opset_before=opset_before,
         opset_after=rewritten.model.opset,
-        comparison=comparison,
+        comparison=with_size(comparison, sizes),
         warnings=warnings,
     )
+
+
+def with_size(comparison: Comparison | None, sizes: tuple[int, int]) -> Comparison | None:
+    """The comparison with its ratio of sizes (before, after) filled in."""
+    if comparison is None:
+        return None
+    return comparison.model_copy(update={"size_ratio": sizes[1] / sizes[0]})
 
 
 def describe(node: NodePlan) -> str:

@@ -126,6 +126,8 @@ def show_comparison(console: Console, found: Comparison, *, with_ratios: bool = 
             "–" if output.top1_agreement is None else f"{output.top1_agreement:.4f}",
         )
     console.print(table)
+    if found.made_up_inputs:
+        console.print("(made-up inputs show that it runs, not how right it is: give --data)")
     if found.float_accuracy is not None and found.quantized_accuracy is not None:
         console.print(
             f"accuracy: float {found.float_accuracy:.2%}, quantized {found.quantized_accuracy:.2%}"

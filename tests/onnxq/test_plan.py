@@ -52,19 +52,28 @@ def test_saving_twice_gives_the_same_json(tmp_path: Path) -> None:
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
-def test_the_json_says_what_is_not_the_default(tmp_path: Path) -> None:
-    _plan(_node(terms=2)).save(tmp_path / "plan.json")
-    assert json.loads((tmp_path / "plan.json").read_text()) == {
-        "nodes": [
-            {
-                "name": "conv",
-                "op_type": "Conv",
-                "weight": "w",
-                "shape": [4, 3, 3, 3],
-                "terms": 2,
-            }
-        ]
-    }
+def test_the_json_says_everything_that_can_be_edited(tmp_path: Path) -> None:
+    _plan(_node(terms=2), _node("left", reason="why")).save(tmp_path / "plan.json")
+    document = json.loads((tmp_path / "plan.json").read_text())
+    first, left = document["nodes"]
+    settings = {"bits", "terms", "series", "granularity", "activations", "layout", "packing"}
+    assert settings <= first.keys()
+    assert first["bits"] == 4
+    assert left["reason"] == "why"
+    assert not settings & left.keys()
+
+
+def test_a_node_that_the_plan_does_not_mention_is_reported(tmp_path: Path) -> None:
+    proto = small.model(
+        """g (float[1,3,8,8] x) => (float[1,4,4,4] y) {
+            [one] a = Conv (x, w)
+            [two] y = Conv (a, v)
+        }""",
+        {"w": small.weights(4, 3, 3, 3), "v": small.weights(4, 4, 3, 3)},
+    )
+    plan = onnxq.quantize(proto).plan
+    shorter = plan.model_copy(update={"nodes": plan.nodes[:1]})
+    assert onnxq.quantize(proto, plan=shorter).report.left_alone == {"two": "not in the plan"}
 
 
 @pytest.mark.parametrize(

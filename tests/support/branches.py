@@ -242,14 +242,14 @@ class Graph:
         inputs = [t.name, *inputs, self.constant(variance, "s")]
         return self.node("BatchNormalization", inputs, t, epsilon=epsilon)
 
-    def with_constant(self, t: Tensor, op: str) -> Tensor:
+    def with_constant(self, t: Tensor, op: str, *, spread: bool = False) -> Tensor:
         c, rank = t.channels, self.rank
         ones = (1,) * rank
         shapes = [(), (1,), ones, (c, *ones), (1, c, *ones)]
         if self.traps and len(self.sizes) == 1 and self.chance(5):
             shapes = [t.size(self.sizes[0])[-1:]]
         channels = c
-        if self.traps and c == 1 and self.chance(2):  # one channel spreads over three
+        if spread and c == 1:  # over three channels
             channels, shapes = 3, [(3, *ones)]
         shape = self.pick(*shapes)
         array = self.values(*shape) if shape else np.float32(self.values(1)[0])
@@ -308,7 +308,9 @@ class Graph:
         now = t
         for _ in range(self.pick(0, 0, 1, 1, 2)):
             step = self.pick("conv1", "pad", "elementwise", "elementwise", "any")
-            if step == "elementwise":
+            if self.traps and now.channels == 1 and self.chance(2):
+                now = self.with_constant(now, self.pick("Mul", "Add"), spread=True)
+            elif step == "elementwise":
                 now = self.elementwise(now)
             elif step == "pad":
                 now = self.pad(now)
