@@ -33,6 +33,8 @@ _FOLDABLE = {
     "Sqrt",
     "Reciprocal",
 }
+# What TorchScript computes the amounts of a Pad with; folded for them alone, since these may grow.
+_AMOUNTS = {"ConstantOfShape", "Shape", "Gather", "Size"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class FoldConstants:
     of an already quantized model (DequantizeLinear beside quantized activations, or onnxq's own
     terms) are left as they are: folding would undo the quantization.
 
-    Given:   initializer -> Cast | Transpose | Reshape | DequantizeLinear … -> weight of a Conv …
+    Given:   initializer -> Cast | Transpose | Reshape | DequantizeLinear … -> weight of a Conv …,
+             amounts of a Pad
     Result:  initializer
     """
 
@@ -54,12 +57,13 @@ class FoldConstants:
         for _, graph in graphs(model):
             known: dict[int, gs.Node] = {}  # nodes all of whose inputs are constant
             for node in list(graph.nodes):
-                if node.op in _FOLDABLE and node.inputs and _all_constant(node, known):
+                foldable = node.op in _FOLDABLE or node.op in _AMOUNTS
+                if foldable and node.inputs and _all_constant(node, known):
                     known[id(node)] = node
             for node in list(known.values()):
                 output = node.outputs[0]
                 ends = [reader for reader in consumers(output) if id(reader) not in known]
-                if not any(is_parameter(reader, output) for reader in ends):
+                if not any(_wanted(reader, node, known) for reader in ends):
                     continue
                 reason = _reason(model, node, known)
                 if reason:
@@ -79,6 +83,14 @@ def _all_constant(node: gs.Node, known: dict[int, gs.Node]) -> bool:
     return all(
         not t.name or is_constant(t) or (t.inputs and id(t.inputs[0]) in known) for t in node.inputs
     )
+
+
+def _wanted(reader: gs.Node, node: gs.Node, known: dict[int, gs.Node]) -> bool:
+    """Whether a reader takes what a node computes as a parameter, or as the amounts of a Pad."""
+    if reader.op == "Pad":
+        return True
+    grows = any(link.op in _AMOUNTS for link in _chain(node, known))
+    return is_parameter(reader, node.outputs[0]) and not grows
 
 
 def _reason(model: Model, node: gs.Node, known: dict[int, gs.Node]) -> str | None:

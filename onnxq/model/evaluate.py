@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnxruntime as ort
-from onnx import GraphProto, ModelProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 from onnx_graphsurgeon.ir.tensor import Constant, LazyValues
 
 from onnxq.errors import ModelError
@@ -36,9 +36,7 @@ def evaluate(model: Model, nodes: Sequence[Any], output: Any) -> Array:
         for tensor in node.inputs:
             if isinstance(tensor, Constant) and tensor.name not in seen:
                 seen.add(tensor.name)
-                held = tensor._values
-                array = held.load() if isinstance(held, LazyValues) else held
-                graph.initializer.append(to_tensor(tensor.name, array))
+                graph.initializer.append(_tensor(tensor))
         names = [t.name for t in node.inputs], [t.name for t in node.outputs]
         graph.node.append(helper.make_node(node.op, *names, **plain_attributes(node)))
     graph.output.append(ValueInfoProto(name=output.name))
@@ -59,11 +57,19 @@ def evaluate(model: Model, nodes: Sequence[Any], output: Any) -> Array:
 
 
 def plain_attributes(node: Any) -> dict[str, Any]:
-    """A node's attributes as onnx.helper takes them (gs turns `to` into a numpy dtype)."""
-    attributes = dict(node.attrs)
+    """A node's attributes as onnx.helper takes them (gs has its own tensors and dtypes)."""
+    attributes = {
+        name: _tensor(value) if isinstance(value, Constant) else value
+        for name, value in node.attrs.items()
+    }
     if "to" in attributes:
         attributes["to"] = element_type(attributes["to"])
     return attributes
+
+
+def _tensor(constant: Any) -> TensorProto:
+    held = constant._values
+    return to_tensor(constant.name, held.load() if isinstance(held, LazyValues) else held)
 
 
 def element_type(kind: Any) -> int:

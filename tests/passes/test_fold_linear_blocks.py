@@ -268,10 +268,7 @@ class TestExported:
 
     @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
     @pytest.mark.parametrize("name", BLOCKS)
-    def test_one_conv_per_block(self, name, exporter, request):
-        if (name, exporter) == ("dbb", "torchscript"):
-            reason = "FoldConstants does not compute the amounts of a Pad (from ConstantOfShape)"
-            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    def test_one_conv_per_block(self, name, exporter):
         path = FIXTURES / f"{name}_{exporter}.onnx"
         source = onnx.load(path)
         have = Counter(ops(source))
