@@ -6,7 +6,6 @@ onnxruntime computes it once, when it loads the model under default session opti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -213,9 +212,3 @@ class StoredTerms:
         if self._block is not None:
             return scale[:, :, None]
         return np.broadcast_to(scale, (self.weight.out,)).reshape(self.weight.channel_shape())
-
-
-def term_bytes(term: Term) -> int:
-    """Bytes that a term takes in the file: packed integers and float32 scales."""
-    count = math.prod(term.q.shape)
-    return math.ceil(count * stored_bits(term.bits) / 8) + 4 * int(np.size(term.scale))
