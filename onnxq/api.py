@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic import ValidationError as Invalid
 
 from onnxq.errors import ConfigError
-from onnxq.files import model_bytes
 from onnxq.kernels_ref import SeriesKind
 from onnxq.model import Model, load, save, to_proto
 from onnxq.passes import SelectNodes
@@ -22,7 +21,14 @@ from onnxq.pipeline import rewrite
 from onnxq.plan import Activations, Layout, Plan, scales_path
 from onnxq.report import Report, make_report
 from onnxq.session import CASTS_INT4, CONVOLVES_INT8, open_session, runtime_version
-from onnxq.validation import DataSource, Validation, check_targets, reference_of, size_of
+from onnxq.validation import (
+    DataSource,
+    Validation,
+    check_targets,
+    reference_of,
+    size_of,
+    write_checked,
+)
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
@@ -204,13 +210,7 @@ def quantize(
         if plan_out is not None:  # before the model is in its place: all files or none
             rewritten.plan.save(plan_out)
 
-    if output is None:
-        content = to_proto(rewritten.model).SerializeToString()
-        verify(content)
-        after = len(content)
-    else:
-        save(rewritten.model, output, verify=verify)
-        after = model_bytes(Path(output))
+    after = write_checked(rewritten.model, output, verify)
     report = make_report(
         rewritten,
         sizes=(size_of(model), after),

@@ -11,11 +11,17 @@ import onnx
 from pydantic import BaseModel, ConfigDict
 
 from onnxq.comparison import Comparison
-from onnxq.files import model_bytes
-from onnxq.model import Model, graphs, load, save, to_proto
+from onnxq.model import Model, graphs, load, to_proto
 from onnxq.pipeline import canonicalize, unfolded
 from onnxq.report import with_size
-from onnxq.validation import DataSource, Validation, check_targets, reference_of, size_of
+from onnxq.validation import (
+    DataSource,
+    Validation,
+    check_targets,
+    reference_of,
+    size_of,
+    write_checked,
+)
 
 # Folding rounds every weight once; more than this is worth a look.
 ROUNDING = 1e-4
@@ -80,13 +86,7 @@ def fold(
     before = count_operators(source)
     check = Validation(reference_of(model), data, input_shapes or {})
     passes = canonicalize(source)
-    if output is None:
-        content = to_proto(source).SerializeToString()
-        check(content)
-        after = len(content)
-    else:
-        save(source, output, verify=check)
-        after = model_bytes(Path(output))
+    after = write_checked(source, output, check)
     report = FoldReport(
         folded={name: result.rewritten for name, result in passes.items() if result.rewritten},
         left_alone=unfolded(passes, source),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -14,7 +14,7 @@ from onnxq.comparison import Comparison, compare_sessions
 from onnxq.errors import ModelError, ValidationError
 from onnxq.feeds import Samples, choose_samples
 from onnxq.files import check_target, model_bytes
-from onnxq.model import Model
+from onnxq.model import Model, save, to_proto
 from onnxq.session import open_session
 
 DataSource = str | Path | Mapping[str, npt.NDArray[Any]] | None
@@ -53,6 +53,25 @@ class Validation:
         actual = open_session(written)
         if self._samples is not None:
             self.found = compare_sessions(open_session(self._reference), actual, self._samples)
+
+
+def write_checked(
+    model: Model,
+    output: str | os.PathLike[str] | None,
+    verify: Callable[[Path | bytes], None],
+) -> int:
+    """Write a model once `verify` accepts it (or only verify it in memory); its size in bytes.
+
+    Raises:
+        ModelError: it cannot be written, or is too large for memory.
+        ValidationError: `verify` refuses it; nothing is written then.
+    """
+    if output is None:
+        content = to_proto(model).SerializeToString()
+        verify(content)
+        return len(content)
+    save(model, output, verify=verify)
+    return model_bytes(Path(output))
 
 
 def reference_of(model: str | os.PathLike[str] | onnx.ModelProto) -> Path | bytes:

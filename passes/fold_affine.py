@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from onnxq.kernels_ref.fold import batch_norm_affine, fold_output_affine
+from onnxq.kernels_ref.fold import fold_output_affine
 from onnxq.model import Model, constant, get_metadata, graphs, is_constant, values
 from onnxq.passes.base import PassResult
+from onnxq.passes.batch_norm import affine_of, in_training_mode
 from onnxq.passes.edit import Builder, Names, consumers, is_graph_output, remove_node
 from onnxq.passes.weights import Weight, find_weight
 
@@ -135,10 +136,9 @@ def _batch_norm(node: gs.Node, channel_axis: int, rank: int | None) -> tuple[Arr
             f"BatchNormalization {node.name!r} after MatMul: its channels are not known to be the "
             "last axis (the tensor is not declared as [batch, channels])"
         )
-    if node.attrs.get("training_mode", 0) or len([o for o in node.outputs if o.name]) > 1:
+    if in_training_mode(node):
         raise ValueError(f"BatchNormalization {node.name!r} is in training mode")
-    gamma, beta, mean, variance = (values(t) for t in node.inputs[1:5])
-    return batch_norm_affine(gamma, beta, mean, variance, float(node.attrs.get("epsilon", 1e-5)))
+    return affine_of(node)
 
 
 def _rewrite(

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq.kernels_ref.fold import batch_norm_affine, fold_output_affine
+from onnxq.kernels_ref.fold import fold_output_affine
 from onnxq.model import Model, constant, graphs, is_constant, values
 from onnxq.passes.base import PassResult
+from onnxq.passes.batch_norm import affine_of, in_training_mode
 from onnxq.passes.edit import Names, consumers, is_graph_output, remove_node
 
 
@@ -46,7 +47,7 @@ class FoldBatchNorm:
             return f"{before.op} {before.name!r} is in an outer graph"
         if len(consumers(x)) > 1 or is_graph_output(model, x):
             return f"the output of {before.op} {before.name!r} is also read elsewhere"
-        if norm.attrs.get("training_mode", 0) or len([o for o in norm.outputs if o.name]) > 1:
+        if in_training_mode(norm):
             return "is in training mode"
         if not all(is_constant(t) for t in norm.inputs[1:]):
             return "its parameters are not constant"
@@ -61,7 +62,7 @@ class FoldBatchNorm:
         if any(np.dtype(values(t).dtype) != np.float32 for t in (*parameters, *norm.inputs[1:])):
             return "its or its predecessor's parameters are not float32"
         try:
-            _affine(norm)
+            affine_of(norm)
         except ValueError as error:
             return str(error)
         return None
@@ -70,7 +71,7 @@ class FoldBatchNorm:
         target = norm.inputs[0].inputs[0]
         weight = target.inputs[1]
         bias = target.inputs[2] if len(target.inputs) > 2 and target.inputs[2].name else None
-        factor, offset = _affine(norm)
+        factor, offset = affine_of(norm)
         new_weight, new_bias = fold_output_affine(
             values(weight),
             None if bias is None else values(bias).reshape(-1),
@@ -87,11 +88,6 @@ class FoldBatchNorm:
         y = norm.outputs[0]
         remove_node(graph, norm)
         target.outputs[0] = y
-
-
-def _affine(norm: gs.Node) -> tuple[Any, Any]:
-    gamma, beta, mean, variance = (values(t) for t in norm.inputs[1:5])
-    return batch_norm_affine(gamma, beta, mean, variance, float(norm.attrs.get("epsilon", 1e-5)))
 
 
 def _output_axis(node: gs.Node) -> int:

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq.model import Model, get_metadata, graphs, is_constant, values
 from onnxq.passes.base import PassResult
+from onnxq.passes.batch_norm import in_training_mode
 from onnxq.passes.edit import Builder, Names, consumers, is_graph_output, remove_node
 
 
@@ -53,7 +54,7 @@ def _reason(model: Model, graph: gs.Graph, norm: gs.Node, concat: gs.Node) -> st
     joined = concat.outputs[0]
     if len(consumers(joined)) > 1 or is_graph_output(model, joined):
         return f"the output of Concat {concat.name!r} is also read elsewhere"
-    if norm.attrs.get("training_mode", 0) or len([o for o in norm.outputs if o.name]) > 1:
+    if in_training_mode(norm):
         return "is in training mode"
     if not all(is_constant(t) for t in norm.inputs[1:5]):
         return "its parameters are not constant"
