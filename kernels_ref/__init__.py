@@ -29,7 +29,14 @@ from onnxq.kernels_ref.quantize import (
     qrange,
     quantize,
 )
-from onnxq.kernels_ref.series import Series, SeriesKind, expand, realize, series_scales
+from onnxq.kernels_ref.series import (
+    Series,
+    SeriesKind,
+    expand,
+    realize,
+    restore,
+    series_scales,
+)
 from onnxq.kernels_ref.term import Term
 
 __all__ = [
@@ -59,6 +66,7 @@ __all__ = [
     "realize",
     "reduce_absmax",
     "relative_error",
+    "restore",
     "scale_shape",
     "series_scales",
     "spread",

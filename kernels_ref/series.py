@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxq.kernels_ref.checks import (
     FloatArray,
+    IntArray,
     check_bits,
     check_finite,
     check_float,
@@ -25,10 +26,11 @@ from onnxq.kernels_ref.digit import digit_scales, realize_digits
 from onnxq.kernels_ref.fixed_ratio import fixed_ratio_scales
 from onnxq.kernels_ref.granularity import Granularity, check_param_shape, reduce_absmax
 from onnxq.kernels_ref.joint import joint_scales
+from onnxq.kernels_ref.quantize import qrange
 from onnxq.kernels_ref.residual import realize_by_residual
 from onnxq.kernels_ref.term import Term
 
-__all__ = ["Series", "SeriesKind", "Term", "expand", "realize", "series_scales"]
+__all__ = ["Series", "SeriesKind", "Term", "expand", "realize", "restore", "series_scales"]
 
 SeriesKind = Literal["fixed_ratio", "digit", "joint"]
 
@@ -133,6 +135,32 @@ def realize(
     realizer = realize_digits if kind == "digit" else realize_by_residual
     integers = realizer(w, own, bits, granularity)
     parts = zip(integers, own, strict=True)
+    return Series(tuple(Term(q, scale, 0, bits, granularity) for q, scale in parts), kind)
+
+
+def restore(
+    kind: SeriesKind,
+    integers: Sequence[IntArray],
+    scales: Sequence[FloatArray],
+    *,
+    shape: tuple[int, ...],
+    bits: int,
+    granularity: Granularity,
+) -> Series:
+    """The series of integers that were rounded before, int8 of `shape`, one per scale.
+
+    Raises ValueError where number, shape or range of the integers, or the scales, do not fit.
+    """
+    _check_kind(kind)
+    qmin, qmax = qrange(bits)
+    if len(integers) != len(scales):
+        raise ValueError(f"{len(integers)} integer tensors for {len(scales)} scales")
+    for i, (q, scale) in enumerate(zip(integers, scales, strict=True)):
+        if q.shape != shape or q.dtype != np.int8 or q.min() < qmin or q.max() > qmax:
+            raise ValueError(f"term {i} is not int8 of shape {shape} within {qmin}..{qmax}")
+        check_param_shape(scale, shape, granularity, f"scale {i}")
+        check_scale(scale, f"scale {i}")
+    parts = zip(integers, scales, strict=True)
     return Series(tuple(Term(q, scale, 0, bits, granularity) for q, scale in parts), kind)
 
 

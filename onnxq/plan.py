@@ -10,18 +10,29 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from onnxq.errors import ConfigError
 from onnxq.files import read_arrays, write_whole
 from onnxq.kernels_ref import PerAxis, PerBlock, PerTensor, SeriesKind
 
-Activations = Literal["none", "dynamic"]
+Activations = Literal["none", "dynamic", "static"]
 Layout = Literal["parallel", "merged"]
 Packing = Literal["int4", "uint8"]
+Target = Literal["cpu-vnni", "cpu-avx2", "cpu-arm"]
 ActivationType = Literal["int8", "uint8"]
 GranularityName = Literal["per_tensor", "per_channel", "per_block"]
+WeightForm = Literal["folded", "nbits"]
 FloatArray = npt.NDArray[Any]
+IntArray = npt.NDArray[np.int8]
+Range = tuple[float, float]
 
 
 class NodePlan(BaseModel):
@@ -49,22 +60,30 @@ class NodePlan(BaseModel):
     layout: Layout = "parallel"
     packing: Packing = "int4"
     conv_activations: ActivationType = "int8"
+    target: Target = "cpu-avx2"
+    activation_bits: int = Field(default=8, ge=2, le=8)
+    activation_terms: int = Field(default=1, ge=1, le=4)
+    products: Literal["all", "triangular"] | int = "triangular"
+    form: WeightForm = "folded"
 
     @model_validator(mode="after")
     def _consistent(self) -> NodePlan:
         if (self.granularity == "per_block") != (self.block_size is not None):
             raise ValueError("block_size goes with granularity per_block, and only with it")
-        if self.activations == "dynamic" and self.granularity == "per_block":
+        compute = f"activations {self.activations}"
+        if self.activations == "none":
+            return self
+        if self.granularity == "per_block":
             raise ValueError(
-                "activations dynamic needs one scale per output channel: use granularity "
-                "per_channel, or activations none"
+                f"{compute} needs one scale per output channel: use granularity per_channel, or "
+                "activations none"
             )
-        if self.activations == "dynamic" and self.layout == "merged" and self.terms > 1:
+        if self.layout == "merged" and self.terms > 1:
             if self.series != "digit":
-                raise ValueError("layout merged with activations dynamic needs series digit")
+                raise ValueError(f"layout merged with {compute} needs series digit")
             if self.terms * self.bits > 8:
                 raise ValueError(
-                    "layout merged with activations dynamic needs terms x bits <= 8, "
+                    f"layout merged with {compute} needs terms x bits <= 8, "
                     f"got {self.terms} x {self.bits}"
                 )
         return self
@@ -94,13 +113,19 @@ class Plan(BaseModel):
 
     `scales` maps a node's name to one float array per term: [out] per channel, [out, blocks] per
     block, () per tensor. A node without an entry gets its scales when the plan is completed.
+    `integers`, int8 [out, in] per term, are there for nodes whose weights were not simply rounded
+    to nearest; `bias`, float32 [out], is what planning adds to a node's output. `ranges` maps the
+    name of an activation to its static (rmin, rmax).
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     format_version: Literal[1] = 1
     nodes: list[NodePlan]
+    ranges: dict[str, Range] = Field(default_factory=dict)
     scales: dict[str, tuple[FloatArray, ...]] = Field(default_factory=dict, exclude=True)
+    integers: dict[str, tuple[IntArray, ...]] = Field(default_factory=dict, exclude=True)
+    bias: dict[str, FloatArray] = Field(default_factory=dict, exclude=True)
 
     @model_validator(mode="after")
     def _unique(self) -> Plan:
@@ -109,6 +134,14 @@ class Plan(BaseModel):
         if twice:
             raise ValueError(f"node {twice[0]!r} is planned twice")
         return self
+
+    @field_validator("ranges")
+    @classmethod
+    def _hold_zero(cls, ranges: dict[str, Range]) -> dict[str, Range]:
+        for name, (rmin, rmax) in ranges.items():
+            if not (np.isfinite([rmin, rmax]).all() and rmin <= 0 <= rmax):
+                raise ValueError(f"the range of {name!r} must be finite and hold 0")
+        return ranges
 
     def __getitem__(self, name: str) -> NodePlan:
         return next(node for node in self.nodes if node.name == name)
@@ -130,6 +163,10 @@ class Plan(BaseModel):
         for name, scales in self.scales.items():
             for i, scale in enumerate(scales):
                 arrays[f"{name}/term{i}/scale"] = scale
+            for i, q in enumerate(self.integers.get(name, ())):
+                arrays[f"{name}/term{i}/q"] = q
+            if name in self.bias:
+                arrays[f"{name}/bias"] = self.bias[name]
             arrays[f"{name}/made_for"] = np.array(keys[name])
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **_as_kwargs(arrays))
@@ -145,7 +182,8 @@ class Plan(BaseModel):
             else node.model_dump(include=where, exclude_defaults=True)
             for node in self.nodes
         ]
-        return {"format_version": self.format_version, "nodes": nodes}
+        ranges = {"ranges": self.ranges} if self.ranges else {}
+        return {"format_version": self.format_version, "nodes": nodes, **ranges}
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -187,6 +225,22 @@ class Plan(BaseModel):
             if bad:
                 raise ConfigError(f"plan scales {path}: {bad[0]!r} is missing or damaged{advice}")
             self.scales[node.name] = tuple(arrays[name] for name in names)
+            self._read_rounded(node, arrays, f"plan scales {path}", advice)
+
+    def _read_rounded(
+        self, node: NodePlan, arrays: Mapping[str, FloatArray], where: str, advice: str
+    ) -> None:
+        names = [f"{node.name}/term{i}/q" for i in range(node.terms)]
+        if any(name in arrays for name in names):
+            bad = [name for name in names if not _is_term(arrays.get(name), node)]
+            if bad:
+                raise ConfigError(f"{where}: {bad[0]!r} is missing or damaged{advice}")
+            self.integers[node.name] = tuple(arrays[name] for name in names)
+        bias = arrays.get(f"{node.name}/bias")
+        if bias is not None:
+            if bias.dtype != np.float32 or bias.ndim != 1 or not np.isfinite(bias).all():
+                raise ConfigError(f"{where}: '{node.name}/bias' is damaged{advice}")
+            self.bias[node.name] = bias
 
 
 def scales_path(path: Path) -> Path:
@@ -208,6 +262,13 @@ def _is_scale(array: FloatArray | None, node: NodePlan) -> bool:
         and array.ndim == rank
         and bool((np.isfinite(array) & (array > 0)).all())
     )
+
+
+def _is_term(array: FloatArray | None, node: NodePlan) -> bool:
+    if array is None or array.dtype != np.int8 or array.ndim != 2:
+        return False
+    half = 1 << (node.bits - 1)
+    return array.size == np.prod(node.shape) and bool(((array >= -half) & (array < half)).all())
 
 
 def _as_kwargs(arrays: Mapping[str, FloatArray]) -> dict[str, Any]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_graphsurgeon as gs
+
+from onnxq.errors import ConfigError
 from onnxq.model import Model
+from onnxq.passes.add_bias import add_bias
 from onnxq.passes.base import PassResult
 from onnxq.passes.edit import Builder, Names
 from onnxq.passes.lower_dynamic import lower_dynamic
 from onnxq.passes.lower_float import lower_float
+from onnxq.passes.lower_nbits import lower_nbits
+from onnxq.passes.lower_static import lower_static
 from onnxq.passes.quantize_activations import ActivationQuantizer
 from onnxq.passes.search_scales import Progress, match_plan, no_progress, node_series
 from onnxq.passes.site import Site
@@ -31,7 +38,9 @@ def required_opset(plan: Plan) -> int:
 def _required_opset(node: NodePlan) -> int:
     if stored_bits(node.bits) == PACKED_BITS and node.packing == "int4":
         return 21
-    if node.activations == "dynamic":
+    if node.form == "nbits":
+        return 21
+    if node.activations != "none":
         return 13
     if stored_bits(node.bits) == PACKED_BITS:
         return 11
@@ -65,9 +74,15 @@ class Expand:
             quantizer, scalars = made.setdefault(id(graph), (ActivationQuantizer(), {}))
             terms = self._stored(stored, weight, entry)
             builder = Builder(graph, node, names, "expand", scalars)
+            if entry.name in self.plan.bias:
+                self._correct(model, node, builder, weight, entry.name)
             site = Site(graph, node, terms, entry, builder)
             if entry.activations == "dynamic":
                 lower_dynamic(site, quantizer)
+            elif entry.activations == "static":
+                lower_static(site, self.plan.ranges)
+            elif entry.form == "nbits":
+                lower_nbits(site)
             else:
                 lower_float(site)
         self.progress("expanding", len(sites), len(sites))
@@ -75,6 +90,23 @@ class Expand:
             tuple(entry.name for entry, _ in sites),
             {node.name: node.reason for node in self.plan.nodes if node.reason},
         )
+
+    def _correct(
+        self, model: Model, node: gs.Node, builder: Builder, weight: Weight, name: str
+    ) -> None:
+        delta = self.plan.bias[name]
+        if delta.shape != (weight.out,):
+            raise ConfigError(
+                f"plan: the bias of node {name!r} has shape {list(delta.shape)}, not "
+                f"[{weight.out}]; delete its .npz to have it made again"
+            )
+        if node.op != "MatMul":
+            shape: tuple[int, ...] = (-1, *(1 for _ in weight.shape[2:]))
+        elif weight.slot == 1 and len(weight.shape) == 2:
+            shape = (-1,)
+        else:
+            shape = weight.channel_shape()
+        add_bias(model, node, builder, delta, shape)
 
     def _stored(
         self, stored: dict[tuple[object, ...], StoredTerms], weight: Weight, entry: NodePlan
@@ -90,6 +122,7 @@ class Expand:
             entry.packing,
             entry.scales_key(),
             *(scale.tobytes() for scale in self.plan.scales[entry.name]),
+            *(zlib.crc32(q.data) for q in self.plan.integers.get(entry.name, ())),
         )
         if key not in stored:
             series = node_series(weight, entry, self.plan)

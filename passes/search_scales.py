@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from onnxq.errors import ConfigError
-from onnxq.kernels_ref import Series, realize, series_scales
+from onnxq.kernels_ref import Series, realize, restore, series_scales
 from onnxq.model import Model
 from onnxq.passes.weights import Candidate, Weight, candidates, check_finite
 from onnxq.plan import NodePlan, Plan
@@ -62,17 +62,20 @@ def node_series(weight: Weight, node: NodePlan, plan: Plan) -> Series:
     Raises:
         ConfigError: the plan's scales are of another shape, sign or ratio than the series needs.
     """
+    scales, granularity = plan.scales[node.name], node.matrix_granularity()
+    shape = (weight.out, weight.size // weight.out)
+    integers = plan.integers.get(node.name)
     try:
+        if integers is not None:
+            return restore(
+                node.series, integers, scales, shape=shape, bits=node.bits, granularity=granularity
+            )
         return realize(
-            node.series,
-            weight.matrix(),
-            plan.scales[node.name],
-            bits=node.bits,
-            granularity=node.matrix_granularity(),
+            node.series, weight.matrix(), scales, bits=node.bits, granularity=granularity
         )
     except ValueError as error:
         raise ConfigError(
-            f"plan: the scales of node {node.name!r} do not fit: {error}; delete its .npz to have "
+            f"plan: the numbers of node {node.name!r} do not fit: {error}; delete its .npz to have "
             "them searched again"
         ) from None
 
