@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from onnxq.passes.site import Site
-from onnxq.plan import Range
 
 
 def lower_nbits(site: Site) -> None:
