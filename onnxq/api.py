@@ -6,21 +6,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy.typing as npt
 import onnx
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic import ValidationError as Invalid
 
+from onnxq.calibrated import Calibrated
+from onnxq.calibration import Calibration, CalibrationSource, open_calibration
 from onnxq.errors import ConfigError
-from onnxq.kernels_ref import SeriesKind
+from onnxq.images import ImageOptions
 from onnxq.model import Model, load, save, to_proto
-from onnxq.passes import SelectNodes
+from onnxq.options import Options
 from onnxq.pipeline import rewrite
-from onnxq.plan import Activations, Layout, Plan, scales_path
+from onnxq.plan import Plan, scales_path
 from onnxq.report import Report, make_report
-from onnxq.session import CASTS_INT4, CONVOLVES_INT8, open_session, runtime_version
+from onnxq.session import open_session
 from onnxq.validation import (
     DataSource,
     Validation,
@@ -32,71 +32,6 @@ from onnxq.validation import (
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
-
-
-class Options(BaseModel):
-    """How to quantize; checked as a whole before any work is done."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bits: int = Field(default=4, ge=2, le=8, alias="weight_bits")
-    terms: int = Field(default=2, ge=1, le=8)
-    series: SeriesKind | Literal["auto"] = "auto"
-    activations: Activations = "dynamic"
-    layout: Layout = "parallel"
-    min_runtime: str | None = None
-    block_size: int | None = Field(default=None, ge=2)
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    embeddings: bool = False
-
-    @classmethod
-    def checked(cls, **options: Any) -> Options:
-        """The options, if they make sense.
-
-        Raises:
-            ConfigError: an option is out of range, or two contradict each other.
-        """
-        try:
-            made = cls(**options)
-        except Invalid as error:
-            first = error.errors()[0]
-            option = "--" + str(first["loc"][0]).replace("_", "-")
-            message = first["msg"].removeprefix("Input should be ")
-            raise ConfigError(f"{option} {first['input']}: must be {message}") from None
-        made._consistent()
-        return made
-
-    def _consistent(self) -> None:
-        if self.activations == "none":
-            return
-        if self.block_size is not None:
-            raise ConfigError(
-                f"--block-size {self.block_size} needs float compute, since integer products share "
-                "one scale per output channel: add --activations none"
-            )
-        if self.layout == "merged" and self.terms > 1:
-            if self.terms * self.bits > 8:
-                raise ConfigError(
-                    f"--layout merged with --activations dynamic sums the terms in 8 bits, but "
-                    f"{self.terms} terms of {self.bits} bits need {self.terms * self.bits}: lower "
-                    "--terms or --weight-bits, or add --activations none"
-                )
-            if self.series not in ("auto", "digit"):
-                raise ConfigError(
-                    f"--series {self.series}: --layout merged with --activations dynamic sums the "
-                    "terms as integers, which needs --series digit"
-                )
-
-    def select(self) -> SelectNodes:
-        """The planning pass with these options."""
-        options = self.model_dump(exclude={"min_runtime"})
-        version = runtime_version(self.min_runtime)
-        return SelectNodes(
-            **options,
-            packing="int4" if version >= CASTS_INT4 else "uint8",
-            conv_activations="int8" if version >= CONVOLVES_INT8 else "uint8",
-        )
 
 
 @dataclass(frozen=True)
@@ -137,73 +72,58 @@ def quantize(
     model: str | os.PathLike[str] | onnx.ModelProto,
     output: str | os.PathLike[str] | None = None,
     *,
-    weight_bits: int = 4,
-    terms: int = 2,
-    series: SeriesKind | Literal["auto"] = "auto",
-    activations: Activations = "dynamic",
-    layout: Layout = "parallel",
-    min_runtime: str | None = None,
-    block_size: int | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    embeddings: bool = False,
+    options: Options | None = None,
+    calibration: CalibrationSource | None = None,
+    images: ImageOptions | None = None,
     data: DataSource = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     plan: Plan | str | Path | None = None,
     plan_out: str | Path | None = None,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> Result:
     """Rewrite a float model into integer-weight basis nodes, validate it, and write it.
 
     Args:
         model: path, or a model in memory (which is not changed).
         output: where to write; None keeps the result in memory.
-        weight_bits: bits of each term, 2 to 8.
-        terms: terms per weight.
-        series: how the scales of the terms relate: fixed_ratio, digit or joint (MATH in
-            docs/numerics.md); auto chooses by the number of terms.
-        activations: none (float compute) or dynamic (integer compute, quantized at run time).
-        layout: parallel (a node per term, summed by Add) or merged (terms summed as weights).
-        min_runtime: the oldest onnxruntime that must run the file, such as "1.20"; the installed
-            one if not given. Before 1.23 4-bit integers are stored as two in a byte, before 1.24
-            Conv takes uint8 activations, which is slower.
-        block_size: one scale per so many inputs of a channel; float compute only.
-        include, exclude: globs of node names; only matching / all but matching ones are quantized.
-        embeddings: also quantize the tables that Gather reads rows of; they are float again once
-            onnxruntime has loaded the model, so this is for the file's size alone.
+        options: how to quantize, as a whole.
+        calibration: samples to plan on: an .npz, a folder of .npz, .npy or images, a mapping input
+            name -> array, or an iterable of feeds. Without it, planning looks at weights alone.
+        images: how images of `calibration` become an input.
         data: samples to validate on, an .npz or a mapping input name -> array.
         input_shapes: shapes of the made-up inputs used without data.
         plan: do what this plan says instead of planning.
         plan_out: write the plan here.
         progress: called with (what, done, total).
+        settings: instead of `options`, any fields of `onnxq.Options`, such as `weight_bits=8`.
 
     Raises:
         ModelError: the model cannot be read, is invalid, or has nothing to quantize.
         ConfigError: an option, the plan or the data do not fit.
+        CalibrationError: the calibration samples do not fit, or the model fails on one.
         ValidationError: the result does not load, or its outputs have other shapes or are not
             finite. Nothing is written then.
     """
-    options = Options.checked(
-        weight_bits=weight_bits,
-        terms=terms,
-        series=series,
-        activations=activations,
-        layout=layout,
-        min_runtime=min_runtime,
-        block_size=block_size,
-        include=_globs(include),
-        exclude=_globs(exclude),
-        embeddings=embeddings,
-    )
+    chosen = _chosen(options, settings)
     given = _given(plan)
     source = load(model)
     targets = {"output": output, "plan": plan_out}
     if plan_out is not None:
         targets["file of scales"] = scales_path(Path(plan_out))
-    check_targets(source, targets, {"data": data})
+    check_targets(source, targets, {"data": data, "calibration": calibration})
     opset_before = source.opset
     check = Validation(reference_of(model), data, input_shapes or {})
-    rewritten = rewrite(source, options.select(), given, progress or _silent)
+    samples = _samples(calibration, images, check, chosen, given)
+    planner = Calibrated(chosen, samples, progress or _silent)
+    rewritten = rewrite(
+        source,
+        chosen.select(),
+        given,
+        progress or _silent,
+        equalize=chosen.equalize,
+        calibrate=planner if samples is not None and given is None else None,
+    )
 
     def verify(written: Path | bytes) -> None:
         check(written)
@@ -216,10 +136,51 @@ def quantize(
         sizes=(size_of(model), after),
         opset_before=opset_before,
         comparison=check.found,
-        warnings=check.warnings,
+        warnings=(*check.warnings, *(samples.warnings if samples else ())),
     )
     path = None if output is None else Path(output)
     return Result(rewritten.plan, report, path, rewritten.model)
+
+
+def _chosen(options: Options | None, settings: Mapping[str, Any]) -> Options:
+    """The options, given as a whole or one by one.
+
+    Raises:
+        ConfigError: both ways at once, or they cannot be meant.
+    """
+    if options is not None:
+        if settings:
+            raise ConfigError(f"options and {', '.join(settings)}: give one or the other")
+        return Options.checked(**options.model_dump(exclude_unset=True))
+    globs = {name: _globs(settings[name]) for name in ("include", "exclude") if name in settings}
+    return Options.checked(**{**settings, **globs})
+
+
+def _samples(
+    source: CalibrationSource | None,
+    images: ImageOptions | None,
+    check: Validation,
+    options: Options,
+    plan: Plan | None,
+) -> Calibration | None:
+    """The calibration samples, if there are any.
+
+    Raises:
+        ConfigError: static compute without samples, or samples beside a plan.
+        CalibrationError: they do not fit the model.
+    """
+    if source is None:
+        if images is not None:
+            raise ConfigError("image options without --calibration: give a folder of images")
+        if options.activations == "static" and plan is None:
+            raise ConfigError(
+                "--activations static needs ranges of the activations: add --calibration "
+                "(an .npz, or a folder of images), or use --activations dynamic"
+            )
+        return None
+    if plan is not None:
+        raise ConfigError("--calibration beside --plan: the plan holds what calibration found")
+    return open_calibration(source, check.inputs, images)
 
 
 def _globs(globs: Sequence[str]) -> tuple[str, ...]:

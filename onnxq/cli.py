@@ -7,24 +7,28 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 import onnxq
 from onnxq.benchmarking import bench as run_bench
 from onnxq.comparison import compare as run_compare
+from onnxq.doctor import diagnose
 from onnxq.errors import ConfigError, OnnxqError
 from onnxq.feeds import parse_shape
 from onnxq.files import check_target, write_whole
 from onnxq.folding import fold as run_fold
+from onnxq.images import ImageOptions
 from onnxq.inspection import inspect as run_inspect
+from onnxq.options import Options
 from onnxq.show import (
     make_console,
     make_page,
     progress_bar,
     show_benchmark,
     show_comparison,
+    show_diagnosis,
     show_fold,
     show_inspection,
     show_report,
@@ -63,59 +67,75 @@ Shapes = Annotated[
 ]
 
 
-PLANNING = (
-    "weight_bits",
-    "terms",
-    "activations",
-    "layout",
-    "min_runtime",
-    "series",
-    "block_size",
-    "include",
-    "exclude",
-    "embeddings",
-)
+PLANNING = tuple(Options.model_fields)
+IMAGES = ("image_size", "mean", "std", "scale", "image_layout", "channels")
+
+
+def _option(name: str, *flags: str, metavar: str | None = None) -> Any:
+    """An option whose help is that of the field of `Options`."""
+    return typer.Option(*flags, help=Options.model_fields[name].description, metavar=metavar)
 
 
 @app.command()
 def quantize(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The float model.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write.")],
-    weight_bits: Annotated[int, typer.Option(help="Bits of each term, 2 to 8.")] = 4,
-    terms: Annotated[int, typer.Option(help="Integer terms per weight, 1 to 8.")] = 2,
+    target_file: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write.")],
+    weight_bits: Annotated[int, _option("weight_bits")] = 4,
+    terms: Annotated[int, _option("terms")] = 2,
     activations: Annotated[
-        Literal["none", "dynamic"],
-        typer.Option(help="none: float compute; dynamic: integer compute, quantized at run time."),
+        Literal["none", "dynamic", "static"], _option("activations")
     ] = "dynamic",
-    layout: Annotated[
-        Literal["parallel", "merged"],
-        typer.Option(help="parallel: a node per term, summed by Add; merged: one node."),
-    ] = "parallel",
-    series: Annotated[
-        Literal["auto", "fixed_ratio", "digit", "joint"],
-        typer.Option(help="How the scales of the terms relate."),
+    layout: Annotated[Literal["auto", "parallel", "merged"], _option("layout")] = "auto",
+    series: Annotated[Literal["auto", "fixed_ratio", "digit", "joint"], _option("series")] = "auto",
+    block_size: Annotated[int | None, _option("block_size")] = None,
+    matmul: Annotated[Literal["auto", "folded", "nbits"], _option("matmul")] = "auto",
+    activation_bits: Annotated[int, _option("activation_bits")] = 8,
+    activation_terms: Annotated[int, _option("activation_terms")] = 1,
+    products: Annotated[str, _option("products", metavar="all|triangular|N")] = "triangular",
+    target: Annotated[
+        Literal["auto", "cpu-vnni", "cpu-avx2", "cpu-arm"], _option("target")
     ] = "auto",
-    min_runtime: Annotated[
-        str | None,
+    min_runtime: Annotated[str | None, _option("min_runtime", metavar="VERSION")] = None,
+    include: Annotated[list[str] | None, _option("include")] = None,
+    exclude: Annotated[list[str] | None, _option("exclude")] = None,
+    embeddings: Annotated[bool, _option("embeddings", "--embeddings")] = False,
+    calibration: Annotated[
+        Path | None,
         typer.Option(
-            metavar="VERSION",
-            help="The oldest onnxruntime that must run the file; the installed one if not given.",
+            help="Samples to plan on: an .npz (one array per input name, samples along the first "
+            "axis), or a folder of .npz, .npy or images."
         ),
     ] = None,
-    block_size: Annotated[
-        int | None,
-        typer.Option(help="One scale per so many inputs of a channel (with --activations none)."),
+    clip: Annotated[Literal["absmax", "mse", "mae"], _option("clip")] = "mse",
+    rounding: Annotated[Literal["second_order", "nearest"], _option("rounding")] = "second_order",
+    affine: Annotated[Literal["mae", "mse", "none"], _option("affine")] = "none",
+    bias_correction: Annotated[bool, _option("bias_correction")] = True,
+    equalize: Annotated[bool, _option("equalize", "--equalize")] = False,
+    ranges: Annotated[
+        Literal["minmax", "percentile", "mse", "entropy", "mae"], _option("ranges")
+    ] = "minmax",
+    effort: Annotated[Literal["fast", "normal", "high"], _option("effort")] = "normal",
+    image_size: Annotated[
+        str | None,
+        typer.Option(metavar="H,W", help="Images of --calibration: resized and cropped to this."),
     ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Quantize only nodes whose name matches. Repeatable.")
+    mean: Annotated[
+        str | None, typer.Option(metavar="M[,M,M]", help="Images: subtracted after --scale.")
     ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Leave nodes whose name matches alone. Repeatable.")
+    std: Annotated[
+        str | None, typer.Option(metavar="S[,S,S]", help="Images: divided by, last.")
     ] = None,
-    embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Quantize embedding tables too (file size).")
-    ] = False,
+    scale: Annotated[
+        float | None, typer.Option(help="Images: pixels 0 to 255 times this; 1/255 if not given.")
+    ] = None,
+    image_layout: Annotated[
+        Literal["nchw", "nhwc"] | None,
+        typer.Option(help="Images: where the channels are; read from the model if not given."),
+    ] = None,
+    channels: Annotated[
+        Literal["rgb", "bgr"] | None, typer.Option(help="Images: the order of the channels.")
+    ] = None,
     data: DataFile = None,
     input_shape: Shapes = None,
     plan: Annotated[
@@ -130,26 +150,26 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Quantize a float model, validate the result on onnxruntime, and write it."""
-    if plan is not None:
-        _check_planned(context)
+    given = _given(context, (*PLANNING, *IMAGES))
+    if plan is not None and given:
+        option = "--" + next(iter(given)).replace("_", "-")
+        raise ConfigError(
+            f"{option} beside --plan: the plan says what is done; edit it, or leave one out"
+        )
     if report is not None:
-        _check_report(report, {"input": source, "output": target, "data": data, "plan": plan_out})
+        _check_report(
+            report, {"input": source, "output": target_file, "data": data, "plan": plan_out}
+        )
+    pictures = {name: given.pop(name) for name in IMAGES if name in given}
     console = make_console(quiet=quiet)
     bar, progress = progress_bar(make_console(stderr=True, quiet=quiet))
     with nullcontext() if quiet else bar:
         result = onnxq.quantize(
             source,
-            target,
-            weight_bits=weight_bits,
-            terms=terms,
-            series=series,
-            activations=activations,
-            layout=layout,
-            min_runtime=min_runtime,
-            block_size=block_size,
-            include=include or (),
-            exclude=exclude or (),
-            embeddings=embeddings,
+            target_file,
+            options=Options.checked(**given),
+            calibration=calibration,
+            images=_pictures(pictures),
             data=data,
             input_shapes=_shapes(input_shape),
             plan=plan,
@@ -161,7 +181,47 @@ def quantize(
         text = make_page(result.report) if html else result.report.model_dump_json(indent=1) + "\n"
         write_whole({report: text.encode()})
     show_report(console, result.report)
-    console.print(f"wrote {target}")
+    console.print(f"wrote {target_file}")
+
+
+def _pictures(given: dict[str, Any]) -> ImageOptions | None:
+    """How images become an input, if the user said anything about it.
+
+    Raises:
+        ConfigError: a text is not made of numbers.
+    """
+    if not given:
+        return None
+    fields: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in ("mean", "std"):
+            fields[name] = _numbers(name, value, float)
+        elif name == "image_size":
+            size = _numbers(name, value, int)
+            if len(size) not in (1, 2) or min(size) < 1:
+                raise ConfigError(f"--image-size {value!r}: give H,W, as 224,224")
+            fields["size"] = size if len(size) == 2 else size * 2
+        else:
+            fields[name.removeprefix("image_")] = value
+    return ImageOptions(**fields)
+
+
+def _numbers(name: str, text: str, kind: type[float]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        option = "--" + name.replace("_", "-")
+        raise ConfigError(f"{option} {text!r}: give numbers, separated by commas") from None
+
+
+def _given(context: typer.Context, names: Sequence[str]) -> dict[str, Any]:
+    """The options among `names` that the user wrote, as they were understood."""
+    found = {}
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            found[name] = context.params[name]
+    return found
 
 
 def _check_report(path: Path, keep: dict[str, Path | None]) -> None:
@@ -176,21 +236,6 @@ def _shapes(texts: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
         if shapes.setdefault(name, shape) != shape:
             raise ConfigError(f"--input-shape: input {name!r} has two shapes; give one")
     return shapes
-
-
-def _check_planned(context: typer.Context) -> None:
-    """Refuse options that a given plan would silently overrule.
-
-    Raises:
-        ConfigError: one of them was given beside --plan.
-    """
-    for name in PLANNING:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{option} beside --plan: the plan says what is done; edit it, or leave one out"
-            )
 
 
 @app.command()
@@ -295,6 +340,19 @@ def inspect(
         typer.echo(found.model_dump_json(indent=1))
     else:
         show_inspection(make_console(), found)
+
+
+@app.command()
+def doctor(
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions, what this CPU computes fast and exactly, and what follows for a plan."""
+    found = diagnose(refresh=refresh)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        show_diagnosis(make_console(), found)
 
 
 def _version(wanted: bool) -> None:

@@ -9,6 +9,7 @@ from onnxq.errors import ConfigError, ModelError
 from onnxq.model import Model, graphs, raise_opset
 from onnxq.passes import (
     PIPELINE,
+    Equalize,
     Expand,
     GraphPass,
     PassResult,
@@ -22,6 +23,7 @@ from onnxq.passes.weights import candidates
 from onnxq.plan import NodePlan, Plan
 
 Progress = Callable[[str, int, int], None]
+Calibrate = Callable[[Model, Plan], tuple[Plan, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Rewritten:
     plan: Plan
     passes: Mapping[str, PassResult] = field(default_factory=dict)
     unfolded: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def canonicalize(model: Model) -> dict[str, PassResult]:
@@ -69,8 +72,24 @@ def apply(pass_: GraphPass, model: Model) -> PassResult:
     return result
 
 
-def rewrite(model: Model, select: SelectNodes, plan: Plan | None, progress: Progress) -> Rewritten:
+def rewrite(
+    model: Model,
+    select: SelectNodes,
+    plan: Plan | None,
+    progress: Progress,
+    *,
+    equalize: bool = False,
+    calibrate: Calibrate | None = None,
+) -> Rewritten:
     """Canonicalize, plan (or take the given plan) and expand. `model` is used up.
+
+    Args:
+        model: the float model.
+        select: what to plan.
+        plan: what to do instead of planning.
+        progress: called with (what, done, total).
+        equalize: even out the channels of neighbouring layers before planning.
+        calibrate: completes a plan by running the canonical model on samples.
 
     Raises:
         ModelError: no node can be quantized, a weight is not finite, or the opset cannot be raised.
@@ -78,14 +97,19 @@ def rewrite(model: Model, select: SelectNodes, plan: Plan | None, progress: Prog
             nothing.
     """
     passes = canonicalize(model)
+    if equalize:
+        passes["Equalize"] = apply(Equalize(), model)
     left = unfolded(passes, model)
     chosen = select(model) if plan is None else _with_the_rest(plan, model)
     if not chosen.quantized:
         raise _nothing_to_do(chosen)
     chosen = SearchScales(progress)(model, chosen)
+    notes: tuple[str, ...] = ()
+    if calibrate is not None:
+        chosen, notes = calibrate(model, chosen)
     model = raise_opset(model, required_opset(chosen))
     passes["Expand"] = apply(Expand(chosen, progress), model)
-    return Rewritten(model, chosen, passes, left)
+    return Rewritten(model, chosen, passes, left, notes)
 
 
 def _with_the_rest(plan: Plan, model: Model) -> Plan:

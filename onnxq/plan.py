@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,7 @@ class NodePlan(BaseModel):
     target: Target = "cpu-avx2"
     activation_bits: int = Field(default=8, ge=2, le=8)
     activation_terms: int = Field(default=1, ge=1, le=4)
-    products: Literal["all", "triangular"] | int = "triangular"
+    products: Literal["all", "triangular"] | Annotated[int, Field(ge=1)] = "triangular"
     form: WeightForm = "folded"
 
     @model_validator(mode="after")

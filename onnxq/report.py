@@ -19,7 +19,8 @@ class Report(BaseModel):
     """The result of one `quantize`.
 
     `weight_bits` is stored bits per parameter, scales included, over all candidate nodes that have
-    a constant weight, nodes left in float counted with 32; `comparison` is None if not validated.
+    a constant weight, nodes left in float counted with 32; `planning` says what calibration did;
+    `comparison` is None if not validated.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -30,6 +31,7 @@ class Report(BaseModel):
     notes: dict[str, str]
     folded: dict[str, int]
     unfolded: dict[str, str]
+    planning: tuple[str, ...]
     size_before: int
     size_after: int
     weight_bits: float
@@ -68,6 +70,7 @@ def make_report(
             if result.rewritten and name not in ("Expand", "NameNodes")
         },
         unfolded=dict(rewritten.unfolded),
+        planning=rewritten.notes,
         size_before=sizes[0],
         size_after=sizes[1],
         weight_bits=weight_bits(plan),
@@ -88,10 +91,17 @@ def with_size(comparison: Comparison | None, sizes: tuple[int, int]) -> Comparis
 def describe(node: NodePlan) -> str:
     """One node's treatment in a few words."""
     block = f" block {node.block_size}" if node.block_size else ""
-    compute = "int8 dynamic" if node.activations == "dynamic" else "float compute"
+    compute = _compute(node)
     terms = f"{node.terms} term{'s' if node.terms > 1 else ''} of {node.bits} bits"
     layout = f", {node.layout}" if node.terms > 1 else ""
     return f"{node.op_type}: {terms}{block}, {compute}{layout} ({node.series})"
+
+
+def _compute(node: NodePlan) -> str:
+    if node.activations == "none":
+        return "float compute" if node.form == "folded" else "4-bit MatMul kernel"
+    terms = f"{node.activation_terms} × " if node.activation_terms > 1 else ""
+    return f"{terms}int{node.activation_bits} {node.activations}"
 
 
 def weight_bits(plan: Plan) -> float:

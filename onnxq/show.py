@@ -14,6 +14,7 @@ from rich.table import Table
 
 from onnxq.benchmarking import Benchmark
 from onnxq.comparison import Comparison
+from onnxq.doctor import Diagnosis
 from onnxq.folding import FoldReport
 from onnxq.inspection import Inspection
 from onnxq.report import Report
@@ -56,6 +57,32 @@ def progress_bar(console: Console) -> tuple[Progress, Callable[[str, int, int], 
     return progress, update
 
 
+def show_diagnosis(console: Console, found: Diagnosis) -> None:
+    """What `doctor` found."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for what, value in (*found.facts, ("target", f"{found.target} ({found.why})")):
+        table.add_row(what, value)
+    for kernel in found.support:
+        have = "yes" if kernel.present else f"no, from onnxruntime {kernel.since}"
+        table.add_row(kernel.kernel, have)
+    table.add_row("cache", found.cache or "none")
+    console.print(table)
+    pairs = ("uint8·int8", "uint8·uint8", "int8·uint8", "int8·int8")
+    times = Table(title="\none product, one thread, time over float's (activation·weight)")
+    for name in ("workload", "operator", *pairs):
+        times.add_column(name, justify="right" if name in pairs else "left")
+    for row in found.kernels:
+        cells = (row.uint8_int8, row.uint8_uint8, row.int8_uint8, row.int8_int8)
+        times.add_row(
+            row.workload, row.op, *("–" if c is None else f"{c.median:.2f}" for c in cells)
+        )
+    console.print(times)
+    for line in found.advice:
+        console.print(f"- {line}")
+
+
 def show_report(console: Console, report: Report) -> None:
     """The summary table of `quantize`."""
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -68,6 +95,8 @@ def show_report(console: Console, report: Report) -> None:
         table.add_row("left alone", f"{_some(names)}: {reason}")
     for note, names in _by_reason(report.notes):
         table.add_row("note", f"{_some(names)}: {note}")
+    for line in report.planning:
+        table.add_row("planning", line)
     if report.folded:
         folds = ", ".join(f"{name} {count}" for name, count in report.folded.items())
         table.add_row("folds", folds)

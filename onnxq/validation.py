@@ -15,7 +15,7 @@ from onnxq.errors import ModelError, ValidationError
 from onnxq.feeds import Samples, choose_samples
 from onnxq.files import check_target, model_bytes
 from onnxq.model import Model, save, to_proto
-from onnxq.session import open_session
+from onnxq.session import input_specs, open_session
 
 DataSource = str | Path | Mapping[str, npt.NDArray[Any]] | None
 
@@ -37,6 +37,7 @@ class Validation:
         self.found: Comparison | None = None
         self.warnings: tuple[str, ...] = ()
         session = open_session(reference)
+        self.inputs = input_specs(session)
         try:
             self._samples = choose_samples(session, data, shapes)
         except ValidationError as error:

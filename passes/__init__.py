@@ -2,6 +2,7 @@
 
 from onnxq.passes.base import GraphPass, PassResult
 from onnxq.passes.constants_to_initializers import ConstantsToInitializers
+from onnxq.passes.equalize import Equalize
 from onnxq.passes.expand import Expand, required_opset
 from onnxq.passes.fold_affine import FoldAffine
 from onnxq.passes.fold_batch_norm import FoldBatchNorm
@@ -35,6 +36,7 @@ PIPELINE: tuple[GraphPass, ...] = (
 __all__ = [
     "PIPELINE",
     "ConstantsToInitializers",
+    "Equalize",
     "Expand",
     "FoldAffine",
     "FoldBatchNorm",

@@ -13,7 +13,7 @@ from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
 from onnxq.model import Model, get_metadata
 from onnxq.passes.weights import LINEAR, Candidate, Weight, candidates, check_finite
-from onnxq.plan import Activations, ActivationType, Layout, NodePlan, Packing, Plan
+from onnxq.plan import Activations, ActivationType, Layout, NodePlan, Packing, Plan, Target
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class SelectNodes:
     layout: Layout = "parallel"
     packing: Packing = "int4"
     conv_activations: ActivationType = "int8"
+    target: Target = "cpu-avx2"
+    activation_bits: int = 8
+    activation_terms: int = 1
+    products: Literal["all", "triangular"] | int = "triangular"
+    matmul: Literal["auto", "folded", "nbits"] = "auto"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     embeddings: bool = False
@@ -64,7 +69,7 @@ class SelectNodes:
         reason = self._unwanted(name)
         if not reason:
             check_finite(name, node, found)
-        activations, note = self._activations(node, found)
+        activations, note = self._activations(candidate, found)
         return NodePlan(
             name=name,
             op_type=node.op,
@@ -81,6 +86,8 @@ class SelectNodes:
             activations=activations,
             packing=self.packing,
             conv_activations=self.conv_activations,
+            target=self.target,
+            **self._activation_terms(activations),
             layout=self.layout if node.op in LINEAR else "merged",
         )
 
@@ -92,14 +99,17 @@ class SelectNodes:
             return "not matched by --include"
         return None
 
-    def _activations(self, node: gs.Node, weight: Weight) -> tuple[Activations, str | None]:
+    def _activations(self, candidate: Candidate, weight: Weight) -> tuple[Activations, str | None]:
+        node = candidate.node
         if self.activations == "none":
             return "none", None
         if node.op not in ("Conv", "MatMul"):
             return "none", f"{node.op}: float compute"
         if weight.slot == 0:
             return "none", "constant left operand: float compute"
-        if node.op == "Conv" and node.attrs.get("group", 1) > 1 and weight.shape[1] == 1:
+        if self.activations == "static" and candidate.inner:
+            return "none", "inside a body: float compute, since its tensors are not calibrated"
+        if self.activations == "dynamic" and _is_depthwise(node, weight):
             return "none", "depthwise: float compute, since ConvInteger is slower than float here"
         if node.op == "Conv" and len(weight.shape) > 4:
             return "none", "3-D: float compute, since onnxruntime has no fast 3-D ConvInteger"
@@ -107,10 +117,21 @@ class SelectNodes:
             return "none", "vector times batched weight: float compute, as scales do not broadcast"
         return self.activations, None
 
+    def _activation_terms(self, activations: Activations) -> dict[str, Any]:
+        if activations == "none":
+            return {}
+        if activations == "static":
+            return {"activation_bits": self.activation_bits}
+        return {
+            "activation_bits": self.activation_bits,
+            "activation_terms": self.activation_terms,
+            "products": self.products,
+        }
+
     def _series(self, activations: Activations) -> SeriesKind:
         if self.series != "auto":
             return self.series
-        if self.layout == "merged" and activations == "dynamic" and self.terms > 1:
+        if self.layout == "merged" and activations != "none" and self.terms > 1:
             return "digit"  # the only one whose terms can be summed as integers
         return default_series(self.terms)
 
@@ -124,6 +145,10 @@ def _already(node: gs.Node) -> str | None:
     if "onnxq.term" in get_metadata(node):
         return "already quantized by onnxq"
     return None
+
+
+def _is_depthwise(node: gs.Node, weight: Weight) -> bool:
+    return bool(node.op == "Conv" and node.attrs.get("group", 1) > 1 and weight.shape[1] == 1)
 
 
 def _is_vector(tensor: Any) -> bool:

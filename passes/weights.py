@@ -100,28 +100,31 @@ class Weight:
 class Candidate:
     """A place where a weight is, or could be, and the weight or the reason why there is none.
 
-    The name, by which plans know it, is the node's; for recurrent nodes /W or /R follows.
+    The name, by which plans know it, is the node's; for recurrent nodes /W or /R follows. `inner`
+    ones are in a body of If / Loop / Scan.
     """
 
     name: str
     graph: gs.Graph
     node: gs.Node
     found: Weight | str
+    inner: bool = False
 
 
 def candidates(model: Model, *, embeddings: bool = False) -> Iterator[Candidate]:
     """The candidates of all graphs of a model, in graph order."""
     for _, graph in graphs(model):
+        inner = graph is not model.graph
         for node in graph.nodes:
             if node.op in RECURRENT:
                 for slot, what in ((1, "W"), (2, "R")):
                     found = _recurrent(model, node, slot)
-                    yield Candidate(f"{node.name}/{what}", graph, node, found)
+                    yield Candidate(f"{node.name}/{what}", graph, node, found, inner)
             elif node.op in LINEAR or node.op in _OTHERS:
-                yield Candidate(node.name, graph, node, find_weight(model, node))
+                yield Candidate(node.name, graph, node, find_weight(model, node), inner)
             elif node.op == "Gather" and _is_table(node.inputs[0]):
                 found = _embedding(model, node, wanted=embeddings)
-                yield Candidate(node.name, graph, node, found)
+                yield Candidate(node.name, graph, node, found, inner)
 
 
 def find_weight(model: Model, node: gs.Node) -> Weight | str:

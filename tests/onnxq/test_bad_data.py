@@ -19,7 +19,7 @@ LABELS = np.arange(4)
 
 @pytest.fixture(autouse=True)
 def _no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxq.api, "rewrite", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(onnxq.api, "rewrite", lambda *_, **__: pytest.fail("the work was begun"))
 
 
 def _refused(folder: Path, data: Path, source: Path = DEMO) -> str:

@@ -26,7 +26,7 @@ def source(tmp_path: Path) -> Path:
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail if the rewriting has begun."""
 
-    def rewrite(*_: object) -> None:
+    def rewrite(*_: object, **__: object) -> None:
         pytest.fail("the work was begun")
 
     monkeypatch.setattr(onnxq.api, "rewrite", rewrite)
@@ -46,7 +46,15 @@ OPTIONS = [
     ("--layout merged --series joint", ["--series joint", "needs --series digit"]),
     ("--layout diagonal", ["'--layout'", "'diagonal'", "merged"]),
     ("--series fourier", ["'--series'", "'fourier'", "fixed_ratio"]),
-    ("--activations static", ["'--activations'", "'static'", "dynamic"]),
+    ("--activations static", ["--activations static needs ranges", "add --calibration"]),
+    ("--activations sometimes", ["'--activations'", "'sometimes'", "dynamic"]),
+    ("--activation-terms 2 --activations none", ["--activation-terms 2 needs", "dynamic"]),
+    ("--products some", ["--products some", "'all' or 'triangular'"]),
+    ("--target gpu", ["'--target'", "'gpu'", "cpu-vnni"]),
+    ("--image-size 8", ["image options without --calibration"]),
+    ("--calibration none.npz", ["calibration none.npz: cannot be read", "give an .npz"]),
+    ("--calibration . --image-size a", ["--image-size 'a': give numbers"]),
+    (f"--calibration {DIGITS} --mean 1,x", ["--mean '1,x': give numbers"]),
     ("--input-shape x", ["--input-shape 'x': give NAME=1,512"]),
     ("--input-shape =1,2", ["--input-shape '=1,2': give NAME=1,512"]),
     ("--input-shape x=1,a", ["--input-shape 'x=1,a': give NAME=1,512"]),

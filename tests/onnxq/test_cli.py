@@ -206,7 +206,7 @@ def test_no_arguments_show_the_help() -> None:
 def test_interrupt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     source = write(small.conv_model(), tmp_path / "in.onnx")
