@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from onnxq.comparison import Quartiles
 from onnxq.kernel_probes import Exactness, IntegerOp, Workload
-from onnxq.passes.forms import SAFE_BITS, Operator, Target, TypePair, type_pair
+from onnxq.passes.forms import SAFE_BITS, Operator, TypePair, type_pair
+from onnxq.plan import Target
 from onnxq.session import CASTS_INT4, CONVOLVES_INT8, runtime_version
 from onnxq.targets import Found, cache_path, measure
 

@@ -31,7 +31,8 @@ from onnxq.kernel_probes import (
     find_exactness,
     measure_ratios,
 )
-from onnxq.passes.forms import Operator, Target, TypePair, type_pair
+from onnxq.passes.forms import Operator, TypePair, type_pair
+from onnxq.plan import Target
 
 _ARM = ("arm64", "aarch64")
 _CPUINFO = Path("/proc/cpuinfo")

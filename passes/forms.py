@@ -17,11 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Target = Literal["cpu-vnni", "cpu-avx2", "cpu-arm"]
+from onnxq.plan import Activations, Layout, Target
+
 IntType = Literal["int8", "uint8"]
 Operator = Literal["Conv", "DepthwiseConv", "MatMul"]
-Compute = Literal["none", "dynamic", "static"]
-TermLayout = Literal["parallel", "merged"]
 
 TARGETS: tuple[Target, ...] = ("cpu-vnni", "cpu-avx2", "cpu-arm")
 X86: tuple[Target, ...] = ("cpu-vnni", "cpu-avx2")
@@ -46,7 +45,7 @@ class Form:
 
     Attributes:
         op: Conv and DepthwiseConv (one input and one output channel per group) are both Conv nodes.
-        compute: activations as in a plan: none (float), dynamic or static.
+        activations: as in a plan: none (float), dynamic or static.
         bits: narrowest and widest integer weight of one product; merged terms count together.
         layouts: which layouts of several terms are written so; one term is either.
         targets: the CPUs for which the form is chosen.
@@ -59,9 +58,9 @@ class Form:
     """
 
     op: Operator
-    compute: Compute
+    activations: Activations
     bits: tuple[int, int]
-    layouts: tuple[TermLayout, ...]
+    layouts: tuple[Layout, ...]
     targets: tuple[Target, ...]
     pair: TypePair | None
     nodes: str
@@ -70,12 +69,12 @@ class Form:
     fact: str
     convolves_int8: bool = False
 
-    def fits(self, op: Operator, compute: Compute, bits: int, target: Target) -> bool:
+    def fits(self, op: Operator, activations: Activations, bits: int, target: Target) -> bool:
         """Whether this form is one for such a weight there."""
         low, high = self.bits
         return (
             self.op == op
-            and self.compute == compute
+            and self.activations == activations
             and low <= bits <= high
             and target in self.targets
         )
@@ -84,8 +83,8 @@ class Form:
 _U8S8, _S8U8 = TypePair("uint8", "int8"), TypePair("int8", "uint8")
 _U8U8, _S8S8 = TypePair("uint8", "uint8"), TypePair("int8", "int8")
 _ANY, _SAFE, _FULL = (2, 8), (2, SAFE_BITS), (SAFE_BITS + 1, 8)
-_BOTH: tuple[TermLayout, ...] = ("parallel", "merged")
-_MERGED: tuple[TermLayout, ...] = ("merged",)
+_BOTH: tuple[Layout, ...] = ("parallel", "merged")
+_MERGED: tuple[Layout, ...] = ("merged",)
 
 _SATURATES = "uint8·int8 kernels of x86 without VNNI add two products in 16 bits (issue 6004)"
 _NO_FAST_PAIR = "the faster pair would saturate: 8-bit weights times 255, two of them in 16 bits"
@@ -240,13 +239,18 @@ FORMS: tuple[Form, ...] = (*_CONV_DYNAMIC, *_MATMUL_DYNAMIC_FORMS, *_STATIC, *_F
 
 
 def choose_form(
-    op: Operator, compute: Compute, bits: int, target: Target, *, convolves_int8: bool = True
+    op: Operator,
+    activations: Activations,
+    bits: int,
+    target: Target,
+    *,
+    convolves_int8: bool = True,
 ) -> Form:
     """The form in which a weight of that width is written.
 
     Args:
         op: the operator; DepthwiseConv is a Conv with one input and one output channel per group.
-        compute: how activations are quantized.
+        activations: how activations are quantized.
         bits: width of the integer weight of one product, 2 to 8: terms × bits when merged.
         target: the CPU that it is made for.
         convolves_int8: False where the file has to run in onnxruntime before 1.24.
@@ -255,9 +259,11 @@ def choose_form(
         ValueError: no form has such a weight.
     """
     for form in FORMS:
-        if form.fits(op, compute, bits, target) and (convolves_int8 or not form.convolves_int8):
+        if form.fits(op, activations, bits, target) and (convolves_int8 or not form.convolves_int8):
             return form
-    raise ValueError(f"no form for {op} with {bits}-bit weights, activations {compute}, {target}")
+    raise ValueError(
+        f"no form for {op} with {bits}-bit weights, activations {activations}, {target}"
+    )
 
 
 def type_pair(
