@@ -11,7 +11,7 @@ from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
 from onnxq.passes import SelectNodes
 from onnxq.plan import Activations, Layout, Target
-from onnxq.session import CASTS_INT4, CONVOLVES_INT8, runtime_version
+from onnxq.session import CASTS_INT4, CONVOLVES_INT8, FUSES_NBITS, runtime_version
 from onnxq.targets import resolve
 
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "mae"]
@@ -66,7 +66,8 @@ class Options(BaseModel):
     matmul: Literal["auto", "folded", "nbits"] = Field(
         default="auto",
         description="Float compute of MatMul: folded to a float weight at load, or nbits: kept in "
-        "4 bits (MatMulNBits); auto: nbits with --block-size 16 to 256.",
+        "4 bits in memory too (MatMulNBits, activations rounded to 8 bits); auto: nbits where one "
+        "4-bit term has a --block-size that this CPU runs fast.",
     )
     include: tuple[str, ...] = Field(
         default=(), description="Quantize only nodes whose name matches. Repeatable."
@@ -177,6 +178,7 @@ class Options(BaseModel):
             products=self.products,
             layout=self.resolved_layout,
             matmul=self.matmul,
+            fuses_nbits=version >= FUSES_NBITS,
             target=resolve(self.target).target,
             packing="int4" if version >= CASTS_INT4 else "uint8",
             conv_activations="int8" if version >= CONVOLVES_INT8 else "uint8",

@@ -70,6 +70,8 @@ class NodePlan(BaseModel):
     def _consistent(self) -> NodePlan:
         if (self.granularity == "per_block") != (self.block_size is not None):
             raise ValueError("block_size goes with granularity per_block, and only with it")
+        if self.form == "nbits" and (self.op_type != "MatMul" or self.activations != "none"):
+            raise ValueError("form nbits is for MatMul with activations none")
         compute = f"activations {self.activations}"
         if self.activations == "none":
             return self

@@ -37,9 +37,10 @@ class InputSpec:
     shape: tuple[int | str | None, ...]
 
 
-# The first onnxruntime with a CPU kernel, found by trying 1.20 to 1.24 and 1.31.
+# The first onnxruntime that does it on CPU, found by trying 1.19 to 1.31.
 CASTS_INT4 = (1, 23)
 CONVOLVES_INT8 = (1, 24)  # ConvInteger with int8 activations
+FUSES_NBITS = (1, 25)  # DequantizeLinear → MatMul [→ Add] to MatMulNBits, whatever stands around
 
 
 def runtime_version(text: str | None) -> tuple[int, int]:

@@ -12,8 +12,18 @@ import onnx_graphsurgeon as gs
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
 from onnxq.model import Model, get_metadata
+from onnxq.passes.lower_nbits import reason_against_nbits
 from onnxq.passes.weights import LINEAR, Candidate, Weight, candidates, check_finite
-from onnxq.plan import Activations, ActivationType, Layout, NodePlan, Packing, Plan, Target
+from onnxq.plan import (
+    Activations,
+    ActivationType,
+    Layout,
+    NodePlan,
+    Packing,
+    Plan,
+    Target,
+    WeightForm,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class SelectNodes:
     activation_terms: int = 1
     products: Literal["all", "triangular"] | int = "triangular"
     matmul: Literal["auto", "folded", "nbits"] = "auto"
+    fuses_nbits: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     embeddings: bool = False
@@ -70,6 +81,7 @@ class SelectNodes:
         if not reason:
             check_finite(name, node, found)
         activations, note = self._activations(candidate, found)
+        form, refused = self._form(node, found, activations)
         return NodePlan(
             name=name,
             op_type=node.op,
@@ -77,7 +89,7 @@ class SelectNodes:
             shape=found.shape,
             crc32=found.crc32(),
             reason=reason,
-            note=note,
+            note=note or refused,
             bits=self.bits,
             terms=self.terms,
             series=self._series(activations),
@@ -87,6 +99,7 @@ class SelectNodes:
             packing=self.packing,
             conv_activations=self.conv_activations,
             target=self.target,
+            form=form,
             **self._activation_terms(activations),
             layout=self.layout if node.op in LINEAR else "merged",
         )
@@ -116,6 +129,36 @@ class SelectNodes:
         if node.op == "MatMul" and len(weight.shape) > 2 and _is_vector(node.inputs[0]):
             return "none", "vector times batched weight: float compute, as scales do not broadcast"
         return self.activations, None
+
+    def _form(
+        self, node: gs.Node, weight: Weight, activations: Activations
+    ) -> tuple[WeightForm, str | None]:
+        """How a weight computed in float reaches its kernel; why not as nbits, if asked for."""
+        if node.op != "MatMul" or activations != "none" or self.matmul == "folded":
+            return "folded", None
+        reason = reason_against_nbits(
+            node,
+            weight,
+            terms=self.terms,
+            block_size=self.block_size,
+            merged=self.layout == "merged",
+        )
+        if reason is None and not self.fuses_nbits:
+            reason = "onnxruntime before 1.25 may dequantize it at every run"
+        if self.matmul == "nbits":
+            return ("folded", f"folded to float: {reason}") if reason else ("nbits", None)
+        return ("nbits" if reason is None and self._nbits_is_fast() else "folded"), None
+
+    def _nbits_is_fast(self) -> bool:
+        """Whether nbits costs next to no time (measured: benchmarks/matmul_forms.py)."""
+        shortest = 128 if self.target == "cpu-avx2" else 32
+        return (
+            self.bits <= 4
+            and self.terms == 1
+            and self.block_size is not None
+            and self.block_size % 32 == 0
+            and self.block_size >= shortest
+        )
 
     def _activation_terms(self, activations: Activations) -> dict[str, Any]:
         if activations == "none":
