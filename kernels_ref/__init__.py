@@ -1,6 +1,10 @@
 """The arithmetic of onnxq, in numpy alone."""
 
+from onnxq.kernels_ref.affine_fit import fit_affine, keep_if_better
+from onnxq.kernels_ref.centre import split_centre
+from onnxq.kernels_ref.clip_search import CLIP_RATIOS, ClipMeasure, OutputSamples, search_clip
 from onnxq.kernels_ref.digit import merge_digits
+from onnxq.kernels_ref.equalize import equalization_scales
 from onnxq.kernels_ref.error_sums import ErrorSums
 from onnxq.kernels_ref.errors import (
     cosine,
@@ -20,7 +24,9 @@ from onnxq.kernels_ref.granularity import (
     scale_shape,
     spread,
 )
+from onnxq.kernels_ref.hessian import least_squares_target
 from onnxq.kernels_ref.integer import conv, conv_integer, matmul_integer
+from onnxq.kernels_ref.moments import InputMoments, conv_patches
 from onnxq.kernels_ref.quantize import (
     absmax_scale,
     affine_params,
@@ -29,6 +35,9 @@ from onnxq.kernels_ref.quantize import (
     qrange,
     quantize,
 )
+from onnxq.kernels_ref.ranges import RangeHistogram, activation_params
+from onnxq.kernels_ref.second_order import Rounded, round_second_order
+from onnxq.kernels_ref.second_order_clip import round_second_order_clipped
 from onnxq.kernels_ref.series import (
     Series,
     SeriesKind,
@@ -40,23 +49,35 @@ from onnxq.kernels_ref.series import (
 from onnxq.kernels_ref.term import Term
 
 __all__ = [
+    "CLIP_RATIOS",
+    "ClipMeasure",
     "ErrorSums",
     "Granularity",
+    "InputMoments",
+    "OutputSamples",
     "PerAxis",
     "PerBlock",
     "PerTensor",
+    "RangeHistogram",
+    "Rounded",
     "Series",
     "SeriesKind",
     "Term",
     "absmax_scale",
+    "activation_params",
     "affine_params",
     "conv",
     "conv_integer",
+    "conv_patches",
     "cosine",
     "dequantize",
+    "equalization_scales",
     "expand",
+    "fit_affine",
     "fixed_ratio_bound",
     "half_range",
+    "keep_if_better",
+    "least_squares_target",
     "mae",
     "matmul_integer",
     "max_abs_error",
@@ -67,8 +88,12 @@ __all__ = [
     "reduce_absmax",
     "relative_error",
     "restore",
+    "round_second_order",
+    "round_second_order_clipped",
     "scale_shape",
+    "search_clip",
     "series_scales",
+    "split_centre",
     "spread",
     "sqnr_db",
     "top1_agreement",

@@ -1,0 +1,162 @@
+"""The second moments of a node's inputs, summed over calibration samples in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.kernels_ref.checks import AnyArray, FloatArray, check_float
+from onnxq.kernels_ref.windows import ConvGeometry, _windows
+
+Float64Array = npt.NDArray[np.float64]
+
+# Samples are cast to float64 in pieces of this many elements (32 MiB).
+PIECE_ELEMENTS = 1 << 22
+
+
+class InputMoments:
+    """Σ x̂ x̂ᵀ and Σ x x̂ᵀ of a node, x̂ being its inputs after quantized nodes and x the float ones.
+
+    A grouped convolution has one set per group; everything else has groups = 1. Memory is that of
+    the moments, 8 * groups * inputs**2 bytes each, whatever the number of samples.
+
+    Attributes:
+        count: rows taken in per group.
+        hessian: float64 [groups, inputs, inputs], Σ x̂ x̂ᵀ: a sum, not a mean.
+    """
+
+    def __init__(self, groups: int, inputs: int) -> None:
+        if groups < 1 or inputs < 1:
+            raise ValueError(f"groups is {groups} and inputs {inputs}; both must be at least 1")
+        self.count = 0
+        self.hessian: Float64Array = np.zeros((groups, inputs, inputs))
+        # None as long as x and x̂ have been the same: then it equals the Hessian.
+        self._cross: Float64Array | None = None
+        self._sum_hat: Float64Array = np.zeros((groups, inputs))
+        self._sum: Float64Array = np.zeros((groups, inputs))
+
+    @property
+    def cross(self) -> Float64Array:
+        """Float64 [groups, inputs, inputs], Σ x x̂ᵀ; the Hessian itself where x was always x̂."""
+        return self.hessian if self._cross is None else self._cross
+
+    @property
+    def mean_hat(self) -> Float64Array:
+        """Mean of x̂, float64 [groups, inputs]; 0 before the first sample."""
+        return np.asarray(self._sum_hat / max(self.count, 1))
+
+    @property
+    def mean(self) -> Float64Array:
+        """Mean of x, float64 [groups, inputs]; 0 before the first sample."""
+        return np.asarray(self._sum / max(self.count, 1))
+
+    def add(self, x_hat: FloatArray, x: FloatArray) -> None:
+        """Take in n rows: float32 or float64 [groups, n, inputs], or [n, inputs] for one group.
+
+        Give the same object twice where there is nothing quantized before the node: the second
+        product is then left out. NaN and infinity are taken in and show in the moments.
+        Raises ValueError for another shape or dtype.
+        """
+        same = x is x_hat
+        x_hat = self._checked(x_hat, "x_hat")
+        x = x_hat if same else self._checked(x, "x")
+        if x.shape != x_hat.shape:
+            raise ValueError(f"x has shape {x.shape}, but x_hat {x_hat.shape}; they must agree")
+        if not same and self._cross is None:
+            self._cross = self.hessian.copy()
+        groups, rows, inputs = x_hat.shape
+        step = max(1, PIECE_ELEMENTS // (groups * inputs))
+        for start in range(0, rows, step):
+            hat = x_hat[:, start : start + step].astype(np.float64)
+            other = hat if same else x[:, start : start + step].astype(np.float64)
+            self._add_piece(hat, other)
+        self.count += rows
+
+    def centred(self) -> tuple[Float64Array, Float64Array]:
+        """(hessian, cross) about the means: what counts where the bias is fitted afterwards.
+
+        Two new arrays, or one twice. Subtracting the mean cancels: an input whose mean is 1e7
+        times its spread has none left.
+        """
+        hessian = self.hessian - _outer(self._sum_hat, self.mean_hat)
+        if self._cross is None:
+            return hessian, hessian
+        return hessian, self._cross - _outer(self._sum, self.mean_hat)
+
+    def bias_shift(self, w: FloatArray, w_hat: FloatArray) -> Float64Array:
+        """W·mean(x) - Ŵ·mean(x̂): added to the bias, it makes the mean output right.
+
+        w, w_hat: [out, inputs], rows group after group; returns float64 [out].
+        """
+        groups, inputs = self._sum.shape
+        split = (groups, -1, inputs)
+        wanted = np.matmul(w.reshape(split).astype(np.float64), self.mean[:, :, np.newaxis])
+        actual = np.matmul(w_hat.reshape(split).astype(np.float64), self.mean_hat[:, :, np.newaxis])
+        return np.asarray((wanted - actual).reshape(-1))
+
+    def _checked(self, x: FloatArray, name: str) -> FloatArray:
+        check_float(x, name)
+        groups, inputs = self._sum.shape
+        if x.ndim == 2 and groups == 1:
+            x = x[np.newaxis]
+        if x.ndim != 3 or x.shape[::2] != (groups, inputs):
+            raise ValueError(f"{name} has shape {x.shape}; give [{groups}, n, {inputs}]")
+        return x
+
+    def _add_piece(self, hat: Float64Array, other: Float64Array) -> None:
+        if self._cross is not None:
+            self._cross += np.matmul(other.transpose(0, 2, 1), hat)
+        # numpy takes half the time for a product of an array with its own transpose.
+        self.hessian += np.matmul(hat.transpose(0, 2, 1), hat)
+        self._sum_hat += hat.sum(axis=1)
+        self._sum += other.sum(axis=1)
+
+
+def conv_patches(
+    x: FloatArray,
+    kernel_shape: Sequence[int],
+    *,
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    groups: int = 1,
+    limit: int | None = None,
+    rng: np.random.Generator | None = None,
+) -> AnyArray:
+    """The windows a Conv multiplies with its weight, as the rows of a matrix per group.
+
+    x: [N, C, *space], 1 to 3 space axes, padded with zeros; attributes as in ONNX Conv. Returns
+    [groups, positions, C/groups * prod(kernel_shape)] of x's dtype, columns in the order of
+    `w.reshape(M, -1)`. limit: at most so many positions, drawn without repetition by `rng`
+    (default: a generator seeded with 0), in their own order; generators in the same state draw
+    the same positions. Raises ValueError for attributes that do not fit.
+    """
+    shape = (groups, x.shape[1] // max(groups, 1), *kernel_shape)
+    geometry = ConvGeometry.check(
+        x,
+        np.broadcast_to(x.dtype.type(0), shape),
+        pads=pads,
+        strides=strides,
+        dilations=dilations,
+        group=groups,
+    )
+    # [N, C, *out, *kernel] -> [N, *out, C, *kernel], still a view
+    windows = np.moveaxis(_windows(x, tuple(kernel_shape), geometry), 1, x.ndim - 1)
+    places, inner = windows.shape[: x.ndim - 1], windows.shape[x.ndim - 1 :]
+    total = int(np.prod(places))
+    if limit is not None and limit < total:
+        if limit < 1:
+            raise ValueError(f"limit is {limit}; give at least 1 position, or None for all")
+        draw = np.random.default_rng(0) if rng is None else rng
+        chosen = np.sort(draw.choice(total, size=limit, replace=False))
+        rows = windows[np.unravel_index(chosen, places)]
+    else:
+        rows = windows.reshape(total, *inner)
+    split = rows.reshape(len(rows), groups, -1).transpose(1, 0, 2)
+    return np.ascontiguousarray(split)
+
+
+def _outer(a: Float64Array, b: Float64Array) -> Float64Array:
+    return np.asarray(a[:, :, np.newaxis] * b[:, np.newaxis, :])
