@@ -167,6 +167,13 @@ def _check(where: str, array: Array, spec: InputSpec) -> Array:
                 f"{where}: array {spec.name!r} has shape {list(array.shape)}, the input "
                 f"{list(spec.shape)}: dimension {axis} differs"
             )
+    if array.dtype.kind in "iu" and np.issubdtype(spec.dtype, np.integer) and array.size:
+        limits = np.iinfo(spec.dtype)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            raise ConfigError(
+                f"{where}: array {spec.name!r} holds values outside {np.dtype(spec.dtype).name}, "
+                "the input's type"
+            )
     with np.errstate(over="ignore"):  # what overflows becomes Inf, and is refused below
         array = np.ascontiguousarray(array.astype(spec.dtype, copy=False))
     if array.dtype.kind == "f" and not np.isfinite(array).all():

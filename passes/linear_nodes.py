@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from onnxq.kernels_ref.fold import batch_norm_affine
 from onnxq.kernels_ref.linear_map import (
     LinearMap,
     Unfoldable,
@@ -19,6 +18,7 @@ from onnxq.kernels_ref.linear_map import (
     padding,
 )
 from onnxq.model import is_constant, values
+from onnxq.passes.batch_norm import affine_of, in_training_mode
 
 Array = npt.NDArray[Any]
 
@@ -93,17 +93,16 @@ def explicit_pads(
 
 
 def _batch_norm(node: gs.Node, _rank: int | None, _channels: int | None) -> LinearMap:
-    if node.attrs.get("training_mode", 0) or len([o for o in node.outputs if o.name]) > 1:
+    if in_training_mode(node):
         raise Unfoldable(f"BatchNormalization {node.name!r} is in training mode")
     if not all(is_constant(t) for t in node.inputs[1:]):
         raise Unfoldable(f"parameters of BatchNormalization {node.name!r} are not constant")
     if not node.attrs.get("spatial", 1):  # before opset 9
         raise Unfoldable(f"BatchNormalization {node.name!r} has statistics per position")
-    gamma, beta, mean, variance = (_floats(t) for t in node.inputs[1:5])
-    epsilon = float(node.attrs.get("epsilon", 1e-5))
-    if np.any(variance + epsilon <= 0):
-        raise Unfoldable(f"BatchNormalization {node.name!r} has a negative variance")
-    return affine(*batch_norm_affine(gamma, beta, mean, variance, epsilon))
+    try:
+        return affine(*affine_of(node))
+    except ValueError as error:
+        raise Unfoldable(f"BatchNormalization {node.name!r}: {error}") from None
 
 
 def _identity(_node: gs.Node, _rank: int | None, _channels: int | None) -> LinearMap:

@@ -12,6 +12,9 @@ import small
 from command import DEMO, refused, write
 
 import onnxq.api
+from onnxq.errors import ConfigError
+from onnxq.feeds import load_data
+from onnxq.session import InputSpec
 
 IMAGES = np.zeros((4, 1, 8, 8), np.float32)
 LABELS = np.arange(4)
@@ -151,3 +154,10 @@ def test_a_model_without_inputs(tmp_path: Path) -> None:
     source = write(small.model(text, {"w": small.weights(4, 2)}), tmp_path / "in.onnx")
     np.savez(tmp_path / "x.npz", label=LABELS)
     assert "the model has no inputs" in _refused(tmp_path, tmp_path / "x.npz", source)
+
+
+def test_integers_that_the_input_cannot_hold(tmp_path: Path) -> None:
+    specs = [InputSpec("ids", np.int32, (None, 4))]
+    with pytest.raises(ConfigError, match="'ids' holds values outside int32"):
+        load_data({"ids": np.full((2, 4), 2**40)}, specs)
+    assert load_data({"ids": np.full((2, 4), 2**30)}, specs).arrays["ids"].dtype == np.int32
