@@ -42,6 +42,7 @@ class QuantizedNode(BaseModel):
     bits: int
     layout: str
     activations: str
+    activation_terms: int
 
 
 class Inspection(BaseModel):
@@ -101,13 +102,22 @@ def _quantized(model: Model) -> Iterable[QuantizedNode]:
                 basis.setdefault(metadata["onnxq.node"], []).append(node)
     for name, nodes in basis.items():
         metadata = get_metadata(nodes[0])
+        labels = {get_metadata(node)["onnxq.term"] for node in nodes}
         merged = metadata["onnxq.term"].split("+")
-        integer = nodes[0].op.endswith("Integer")
+        factors = {get_metadata(node).get("onnxq.activation_term", "0") for node in nodes}
         yield QuantizedNode(
             name=name,
             op_type=nodes[0].op.removesuffix("Integer"),
-            terms=max(len(nodes), len(merged)),
+            terms=max(len(labels), len(merged)),
             bits=int(metadata["onnxq.bits"]),
             layout="merged" if len(merged) > 1 else "parallel",
-            activations="dynamic" if integer else "none",
+            activations=_activations(nodes[0]),
+            activation_terms=len(factors),
         )
+
+
+def _activations(basis: gs.Node) -> str:
+    if basis.op.endswith("Integer"):
+        return "dynamic"
+    read = basis.inputs[0].inputs
+    return "static" if read and read[0].op == "DequantizeLinear" else "none"

@@ -210,7 +210,8 @@ def show_inspection(console: Console, found: Inspection) -> None:
                 str(node.terms),
                 str(node.bits),
                 node.layout if node.terms > 1 else "–",
-                node.activations,
+                node.activations
+                + (f" × {node.activation_terms}" if node.activation_terms > 1 else ""),
             )
         console.print(table)
     if found.candidates:

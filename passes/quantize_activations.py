@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from onnx import TensorProto
 
+from onnxq.kernels_ref import qrange
+from onnxq.kernels_ref.activation_series import TINY_RANGE, first_step, residual_step
 from onnxq.passes.edit import Builder
+from onnxq.passes.forms import IntType
 from onnxq.passes.nonnegative import is_nonnegative
-
-# Keeps the scale of an all-zero tensor above zero, far above the denormals.
-_TINY = np.float32(1e-20)
 
 
 class Quantized(NamedTuple):
@@ -25,69 +25,100 @@ class Quantized(NamedTuple):
 
 @dataclass(eq=False)
 class ActivationQuantizer:
-    """Makes and remembers the quantized forms of the tensors of one graph.
+    """Makes and remembers the terms of the activations of one graph.
 
-    Per tensor, affine, range max(x, 0) … min(x, 0), as ONNX's DynamicQuantizeLinear states it.
+    The arithmetic is that of `kernels_ref.activation_series`, bit for bit. The first term is
+    affine, with the range max(x, 0) … min(x, 0) of the tensor at hand; a term after it is
+    symmetric, with a scale that follows from the one before: no second pass looks for its range.
     """
 
-    done: dict[tuple[int, str], Quantized] = field(default_factory=dict)
+    done: dict[tuple[int, str, int, int], Quantized] = field(default_factory=dict)
     proofs: dict[int, bool] = field(default_factory=dict)
 
-    def uint8(self, builder: Builder, tensor: Any) -> Quantized:
-        """DynamicQuantizeLinear, the operator itself."""
-        key = (id(tensor), "uint8")
-        if key not in self.done:
-            base = f"{tensor.name}/uint8"
-            self.done[key] = Quantized(
-                *builder.add(
-                    "DynamicQuantizeLinear",
-                    base,
-                    [tensor],
-                    outputs=(f"{base}/q", f"{base}/scale", f"{base}/zero_point"),
-                )
-            )
-        return self.done[key]
+    def term(
+        self, builder: Builder, tensor: Any, kind: IntType, bits: int = 8, index: int = 0
+    ) -> Quantized:
+        """Term `index`, from 0, of a float32 tensor in integers of `bits` bits, stored as `kind`.
 
-    def int8(self, builder: Builder, tensor: Any) -> Quantized:
-        """The same shifted by 128, which ConvInteger runs faster; built from plain operators."""
-        key = (id(tensor), "int8")
+        The terms before it are made too, where they are not there yet.
+        """
+        key = (id(tensor), kind, bits, index)
         if key not in self.done:
-            if is_nonnegative(tensor, self.proofs):
-                self.done[key] = self._int8_nonnegative(builder, tensor)
+            base = _base(tensor, kind, bits)
+            if index:
+                self.done[key] = self._residual_term(builder, tensor, kind, bits, index)
+            elif (kind, bits) == ("uint8", 8):
+                self.done[key] = _dynamic_quantize_linear(builder, tensor, base)
+            elif is_nonnegative(tensor, self.proofs):
+                self.done[key] = _nonnegative(builder, tensor, kind, bits, base)
             else:
-                self.done[key] = self._int8_signed(builder, tensor)
+                self.done[key] = _affine(builder, tensor, kind, bits, base)
         return self.done[key]
 
-    def _int8_nonnegative(self, builder: Builder, tensor: Any) -> Quantized:
-        base = f"{tensor.name}/int8"
-        rmax = self._reduce(builder, "ReduceMax", tensor, f"{base}/rmax")
-        rmax = builder.add("Max", f"{base}/rmax_positive", [rmax, builder.scalar(_TINY)])
-        scale = builder.add("Mul", f"{base}/scale", [rmax, self._step(builder)])
-        zero_point = builder.scalar(np.int8(-128))
-        q = builder.add("QuantizeLinear", f"{base}/q", [tensor, scale, zero_point])
+    def _residual_term(
+        self, builder: Builder, tensor: Any, kind: IntType, bits: int, index: int
+    ) -> Quantized:
+        """What term `index - 1` leaves of what it was made from, in integers around 0.
+
+        DequantizeLinear, Sub, QuantizeLinear: three passes over the tensor. Splitting one 16-bit
+        quantization into bytes is no faster, as onnxruntime has no fast operators for the bytes.
+        """
+        before = self.term(builder, tensor, kind, bits, index - 1)
+        source = tensor if index == 1 else before.q.inputs[0].inputs[0]
+        base = f"{_base(tensor, kind, bits)}/term{index}"
+        known = builder.add("DequantizeLinear", f"{base}/known", list(before))
+        rest = builder.add("Sub", f"{base}/rest", [source, known])
+        step = builder.scalar(residual_step(bits))
+        scale = builder.add("Mul", f"{base}/scale", [before.scale, step])
+        zero_point = builder.scalar(_of(kind, 0 if kind == "int8" else 1 << (bits - 1)))
+        q = builder.add("QuantizeLinear", f"{base}/q", [rest, scale, zero_point])
         return Quantized(q, scale, zero_point)
 
-    def _int8_signed(self, builder: Builder, tensor: Any) -> Quantized:
-        base = f"{tensor.name}/int8"
-        rmax = self._reduce(builder, "ReduceMax", tensor, f"{base}/rmax")
-        rmin = self._reduce(builder, "ReduceMin", tensor, f"{base}/rmin")
-        rmax = builder.add("Max", f"{base}/rmax_positive", [rmax, builder.scalar(_TINY)])
-        zero = builder.scalar(np.float32(0))
-        rmin = builder.add("Min", f"{base}/rmin_negative", [rmin, zero])
-        width = builder.add("Sub", f"{base}/range", [rmax, rmin])
-        scale = builder.add("Mul", f"{base}/scale", [width, self._step(builder)])
-        steps = builder.add("Div", f"{base}/rmin_steps", [rmin, scale])
-        lowest = builder.scalar(np.float32(-128))
-        exact = builder.add("Sub", f"{base}/zero_exact", [lowest, steps])
-        rounded = builder.add("Round", f"{base}/zero_rounded", [exact])
-        zero_point = builder.add(
-            "Cast", f"{base}/zero_point", [rounded], attrs={"to": TensorProto.INT8}
-        )
-        q = builder.add("QuantizeLinear", f"{base}/q", [tensor, scale, zero_point])
-        return Quantized(q, scale, zero_point)
 
-    def _reduce(self, builder: Builder, op_type: str, tensor: Any, name: str) -> Any:
-        return builder.add(op_type, name, [tensor], attrs={"keepdims": 0})
+def _base(tensor: Any, kind: IntType, bits: int) -> str:
+    return f"{tensor.name}/{kind}" + ("" if bits == 8 else f"/{bits}bits")
 
-    def _step(self, builder: Builder) -> Any:
-        return builder.scalar(np.float32(1.0) / np.float32(255.0))
+
+def _of(kind: IntType, value: int) -> np.int8 | np.uint8:
+    made: np.int8 | np.uint8 = np.int8(value) if kind == "int8" else np.uint8(value)
+    return made
+
+
+def _dynamic_quantize_linear(builder: Builder, tensor: Any, base: str) -> Quantized:
+    """The operator itself, which onnxruntime fuses with the product after it."""
+    outputs = (f"{base}/q", f"{base}/scale", f"{base}/zero_point")
+    return Quantized(*builder.add("DynamicQuantizeLinear", base, [tensor], outputs=outputs))
+
+
+def _nonnegative(builder: Builder, tensor: Any, kind: IntType, bits: int, base: str) -> Quantized:
+    """All levels above 0: the zero point is the lowest, a constant."""
+    rmax = _reduce(builder, "ReduceMax", tensor, f"{base}/rmax")
+    rmax = builder.add("Max", f"{base}/rmax_positive", [rmax, builder.scalar(TINY_RANGE)])
+    scale = builder.add("Mul", f"{base}/scale", [rmax, builder.scalar(first_step(bits))])
+    lowest, _ = qrange(bits, signed=kind == "int8")
+    zero_point = builder.scalar(_of(kind, lowest))
+    q = builder.add("QuantizeLinear", f"{base}/q", [tensor, scale, zero_point])
+    return Quantized(q, scale, zero_point)
+
+
+def _affine(builder: Builder, tensor: Any, kind: IntType, bits: int, base: str) -> Quantized:
+    rmax = _reduce(builder, "ReduceMax", tensor, f"{base}/rmax")
+    rmin = _reduce(builder, "ReduceMin", tensor, f"{base}/rmin")
+    rmax = builder.add("Max", f"{base}/rmax_positive", [rmax, builder.scalar(TINY_RANGE)])
+    zero = builder.scalar(np.float32(0))
+    rmin = builder.add("Min", f"{base}/rmin_negative", [rmin, zero])
+    width = builder.add("Sub", f"{base}/range", [rmax, rmin])
+    scale = builder.add("Mul", f"{base}/scale", [width, builder.scalar(first_step(bits))])
+    steps = builder.add("Div", f"{base}/rmin_steps", [rmin, scale])
+    # Rounded before it is subtracted: rmin then meets the lowest level exactly.
+    steps = builder.add("Round", f"{base}/rmin_levels", [steps])
+    lowest, _ = qrange(bits, signed=kind == "int8")
+    level = builder.add("Sub", f"{base}/zero_level", [builder.scalar(np.float32(lowest)), steps])
+    to = TensorProto.INT8 if kind == "int8" else TensorProto.UINT8
+    zero_point = builder.add("Cast", f"{base}/zero_point", [level], attrs={"to": to})
+    q = builder.add("QuantizeLinear", f"{base}/q", [tensor, scale, zero_point])
+    return Quantized(q, scale, zero_point)
+
+
+def _reduce(builder: Builder, op_type: str, tensor: Any, name: str) -> Any:
+    return builder.add(op_type, name, [tensor], attrs={"keepdims": 0})
