@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from onnxq.api import Result, quantize
     from onnxq.benchmarking import Benchmark, bench
     from onnxq.comparison import Comparison, compare
+    from onnxq.doctor import Diagnosis, diagnose
     from onnxq.errors import (
         CalibrationError,
         ConfigError,
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
         ValidationError,
     )
     from onnxq.folding import FoldReport, FoldResult, fold
+    from onnxq.images import ImageOptions
     from onnxq.inspection import Inspection, inspect
+    from onnxq.options import Options
+    from onnxq.parts import PartsRunner, SplitReport, run_parts, split
     from onnxq.plan import NodePlan, Plan
     from onnxq.report import Report
 
@@ -31,22 +35,30 @@ _HOME = {
     "CalibrationError": "errors",
     "Comparison": "comparison",
     "ConfigError": "errors",
+    "Diagnosis": "doctor",
     "FoldReport": "folding",
     "FoldResult": "folding",
+    "ImageOptions": "images",
     "Inspection": "inspection",
     "ModelError": "errors",
     "NodePlan": "plan",
     "OnnxqError": "errors",
     "PassError": "errors",
+    "Options": "options",
+    "PartsRunner": "parts",
     "Plan": "plan",
     "Report": "report",
     "Result": "api",
+    "SplitReport": "parts",
     "ValidationError": "errors",
     "bench": "benchmarking",
     "compare": "comparison",
+    "diagnose": "doctor",
     "fold": "folding",
     "inspect": "inspection",
     "quantize": "api",
+    "run_parts": "parts",
+    "split": "parts",
 }
 
 __all__ = [
@@ -54,22 +66,30 @@ __all__ = [
     "CalibrationError",
     "Comparison",
     "ConfigError",
+    "Diagnosis",
     "FoldReport",
     "FoldResult",
+    "ImageOptions",
     "Inspection",
     "ModelError",
     "NodePlan",
     "OnnxqError",
+    "Options",
+    "PartsRunner",
     "PassError",
     "Plan",
     "Report",
     "Result",
+    "SplitReport",
     "ValidationError",
     "bench",
     "compare",
+    "diagnose",
     "fold",
     "inspect",
     "quantize",
+    "run_parts",
+    "split",
 ]
 
 

@@ -22,6 +22,8 @@ from onnxq.folding import fold as run_fold
 from onnxq.images import ImageOptions
 from onnxq.inspection import inspect as run_inspect
 from onnxq.options import Options
+from onnxq.parts import run_parts_file
+from onnxq.parts.runner import TIMEOUT
 from onnxq.show import (
     make_console,
     make_page,
@@ -32,6 +34,7 @@ from onnxq.show import (
     show_fold,
     show_inspection,
     show_report,
+    show_split,
 )
 
 EXIT_BAD_INPUT = 2
@@ -340,6 +343,47 @@ def inspect(
         typer.echo(found.model_dump_json(indent=1))
     else:
         show_inspection(make_console(), found)
+
+
+@app.command()
+def split(
+    model: Annotated[
+        Path, typer.Argument(metavar="QUANT.onnx", help="Written by quantize, layout parallel.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="OUTDIR", help="A folder to be made.")],
+    parts: Annotated[int, typer.Option(help="How many; at most as many as terms.")] = 2,
+    data: DataFile = None,
+    input_shape: Shapes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Split a model into basis models that run side by side and sum before every nonlinearity."""
+    found = onnxq.split(model, folder, parts=parts, data=data, input_shapes=_shapes(input_shape))
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    console = make_console()
+    show_split(console, found)
+    console.print(f"wrote {folder}")
+
+
+@app.command("run-parts")
+def run_parts(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What split made.")],
+    data: Annotated[Path, typer.Option(help="Inputs: an .npz, one array per input name.")],
+    output: Annotated[Path, typer.Option(help="Where the outputs go, an .npz.")],
+    backend: Annotated[
+        Literal["threads", "processes", "mpi", "gloo"],
+        typer.Option(help="Where the parts run; mpi and gloo: this process is one rank of a job."),
+    ] = "threads",
+    threads: Annotated[int, typer.Option(help="Threads of onnxruntime in each part.")] = 1,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that parts wait for each other.")
+    ] = TIMEOUT,
+) -> None:
+    """Run a split model on one set of inputs."""
+    shapes = run_parts_file(folder, data, output, backend=backend, threads=threads, timeout=timeout)
+    for name, shape in shapes.items():
+        typer.echo(f"{name}: {list(shape)}")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from onnxq.comparison import Comparison
 from onnxq.doctor import Diagnosis
 from onnxq.folding import FoldReport
 from onnxq.inspection import Inspection
+from onnxq.parts import SplitReport
 from onnxq.report import Report
 
 _MIB = 2**20
@@ -81,6 +82,25 @@ def show_diagnosis(console: Console, found: Diagnosis) -> None:
     console.print(times)
     for line in found.advice:
         console.print(f"- {line}")
+
+
+def show_split(console: Console, report: SplitReport) -> None:
+    """What `split` made."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row("parts", f"{report.parts}, in {report.stages} stages")
+    reduced = "" if report.reduced_bytes is None else f", {_bytes(report.reduced_bytes)}"
+    table.add_row("all-reduces", f"{report.all_reduces} a run{reduced}")
+    sizes = ", ".join(_bytes(size) for size in report.part_bytes)
+    table.add_row("size", f"{_bytes(report.source_bytes)} → {sizes}")
+    for reason, names in _by_reason(report.whole):
+        table.add_row("in every part", f"{_some(names)}: {reason}")
+    if report.difference is not None:
+        table.add_row("difference", f"{report.difference:.1e} of the largest output")
+    for warning in report.warnings:
+        table.add_row("warning", warning)
+    console.print(table)
 
 
 def show_report(console: Console, report: Report) -> None:
