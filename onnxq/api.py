@@ -115,14 +115,14 @@ def quantize(
     opset_before = source.opset
     check = Validation(reference_of(model), data, input_shapes or {})
     samples = _samples(calibration, images, check, chosen, given)
-    planner = Calibrated(chosen, samples, progress or _silent)
+    planner = None if samples is None else Calibrated(chosen, samples, progress or _silent)
     rewritten = rewrite(
         source,
         chosen.select(),
         given,
         progress or _silent,
         equalize=chosen.equalize,
-        calibrate=planner if samples is not None and given is None else None,
+        calibrate=planner,
     )
 
     def verify(written: Path | bytes) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from onnxq.calibrate_weights import calibrate_weights
 from onnxq.calibration import Calibration
 from onnxq.model import Model
 from onnxq.options import Options
+from onnxq.passes.fit_bias import FitBias
+from onnxq.passes.fit_pairs import needs_pairs
+from onnxq.passes.search_scales import match_plan, node_series
 from onnxq.plan import Plan
+from onnxq.static import plan_static
 
 Progress = Callable[[str, int, int], None]
 
@@ -18,9 +23,38 @@ class Calibrated:
     """Completes a plan by running the canonical float model on samples."""
 
     options: Options
-    samples: Calibration | None
+    samples: Calibration
     progress: Progress
 
     def __call__(self, model: Model, plan: Plan) -> tuple[Plan, tuple[str, ...]]:
-        """The plan with what the samples tell, and notes for the user."""
-        return plan, ()
+        """The plan with what the samples tell, and notes for the user.
+
+        Raises:
+            CalibrationError: the model fails on a sample.
+            ModelError: the model is larger than 2 GiB.
+        """
+        static = any(node.activations == "static" for node in plan.quantized)
+        if static:
+            plan = plan_static(model, plan, self.samples, self.options.ranges, self.progress)
+            self._pin_pairs(model, plan)
+        options = self.options
+        plan, notes = calibrate_weights(
+            model,
+            plan,
+            self.samples,
+            measure=options.clip,
+            rounding="nearest" if options.effort == "fast" else options.rounding,
+            affine=options.affine,
+            bias_correction=options.bias_correction,
+            progress=self.progress,
+        )
+        if static:  # once more: a corrected bias may be larger
+            plan = FitBias()(model, plan)
+        return plan, notes
+
+    def _pin_pairs(self, model: Model, plan: Plan) -> None:
+        """Keep the roundings that cannot saturate; only their bias is calibrated."""
+        for entry, (_, weight) in match_plan(model, plan):
+            if needs_pairs(entry):
+                series = node_series(weight, entry, plan)
+                plan.integers[entry.name] = tuple(term.q for term in series.terms)

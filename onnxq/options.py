@@ -10,11 +10,10 @@ from pydantic import ValidationError as Invalid
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
 from onnxq.passes import SelectNodes
+from onnxq.passes.search_ranges import RangeMethod
 from onnxq.plan import Activations, Layout, Target
 from onnxq.session import CASTS_INT4, CONVOLVES_INT8, FUSES_NBITS, runtime_version
 from onnxq.targets import resolve
-
-RangeMethod = Literal["minmax", "percentile", "mse", "entropy", "mae"]
 
 
 class Options(BaseModel):
@@ -139,6 +138,8 @@ class Options(BaseModel):
             raise ConfigError(
                 f"--activation-terms {self.activation_terms} needs --activations dynamic"
             )
+        if self.activations == "static" and self.activation_bits != 8:
+            raise ConfigError("--activation-bits: static activations have 8 bits")
         if self.activations == "none":
             return
         if self.block_size is not None:

@@ -11,10 +11,14 @@ from onnxq.passes import (
     PIPELINE,
     Equalize,
     Expand,
+    FitBias,
+    FitPairs,
     GraphPass,
+    InsertQDQ,
     PassResult,
     SearchScales,
     SelectNodes,
+    SplitHardSwish,
     required_opset,
     signature,
     verify,
@@ -99,17 +103,28 @@ def rewrite(
     passes = canonicalize(model)
     if equalize:
         passes["Equalize"] = apply(Equalize(), model)
+    if select.activations == "static" if plan is None else _is_static(plan):
+        passes["SplitHardSwish"] = apply(SplitHardSwish(), model)
     left = unfolded(passes, model)
     chosen = select(model) if plan is None else _with_the_rest(plan, model)
     if not chosen.quantized:
         raise _nothing_to_do(chosen)
+    found_before = set(chosen.scales)
     chosen = SearchScales(progress)(model, chosen)
     notes: tuple[str, ...] = ()
     if calibrate is not None:
         chosen, notes = calibrate(model, chosen)
+    elif set(chosen.scales) - found_before and _is_static(chosen):
+        chosen = FitBias()(model, FitPairs()(model, chosen))
     model = raise_opset(model, required_opset(chosen))
     passes["Expand"] = apply(Expand(chosen, progress), model)
+    if _is_static(chosen):
+        passes["InsertQDQ"] = apply(InsertQDQ(chosen), model)
     return Rewritten(model, chosen, passes, left, notes)
+
+
+def _is_static(plan: Plan) -> bool:
+    return any(node.activations == "static" for node in plan.quantized)
 
 
 def _with_the_rest(plan: Plan, model: Model) -> Plan:

@@ -4,18 +4,24 @@ from onnxq.passes.base import GraphPass, PassResult
 from onnxq.passes.constants_to_initializers import ConstantsToInitializers
 from onnxq.passes.equalize import Equalize
 from onnxq.passes.expand import Expand, required_opset
+from onnxq.passes.fit_bias import FitBias
+from onnxq.passes.fit_pairs import FitPairs
 from onnxq.passes.fold_affine import FoldAffine
 from onnxq.passes.fold_batch_norm import FoldBatchNorm
 from onnxq.passes.fold_constants import FoldConstants
 from onnxq.passes.fold_linear_branches import FoldLinearBranches
 from onnxq.passes.freeze_parameters import FreezeParameters
 from onnxq.passes.gemm_to_matmul import GemmToMatMul
+from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.name_nodes import NameNodes
 from onnxq.passes.remove_identity import RemoveIdentity
 from onnxq.passes.remove_no_ops import RemoveNoOps
+from onnxq.passes.search_ranges import SearchRanges
 from onnxq.passes.search_scales import SearchScales
 from onnxq.passes.select_nodes import SelectNodes
+from onnxq.passes.select_tensors import SelectTensors
 from onnxq.passes.split_batch_norm import SplitBatchNorm
+from onnxq.passes.split_hard_swish import SplitHardSwish
 from onnxq.passes.verify import Signature, signature, verify
 
 # The exact float folds, in the order they run. Each line says why it stands where it stands.
@@ -38,6 +44,8 @@ __all__ = [
     "ConstantsToInitializers",
     "Equalize",
     "Expand",
+    "FitBias",
+    "FitPairs",
     "FoldAffine",
     "FoldBatchNorm",
     "FoldConstants",
@@ -45,14 +53,18 @@ __all__ = [
     "FreezeParameters",
     "GemmToMatMul",
     "GraphPass",
+    "InsertQDQ",
     "NameNodes",
     "PassResult",
     "RemoveIdentity",
     "RemoveNoOps",
+    "SearchRanges",
     "SearchScales",
     "SelectNodes",
+    "SelectTensors",
     "Signature",
     "SplitBatchNorm",
+    "SplitHardSwish",
     "required_opset",
     "signature",
     "verify",

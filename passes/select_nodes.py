@@ -124,7 +124,7 @@ class SelectNodes:
             return "none", "inside a body: float compute, since its tensors are not calibrated"
         if self.activations == "dynamic" and _is_depthwise(node, weight):
             return "none", "depthwise: float compute, since ConvInteger is slower than float here"
-        if node.op == "Conv" and len(weight.shape) > 4:
+        if self.activations == "dynamic" and node.op == "Conv" and len(weight.shape) > 4:
             return "none", "3-D: float compute, since onnxruntime has no fast 3-D ConvInteger"
         if node.op == "MatMul" and len(weight.shape) > 2 and _is_vector(node.inputs[0]):
             return "none", "vector times batched weight: float compute, as scales do not broadcast"

@@ -14,10 +14,10 @@ import pytest
 from small import model, weights
 from splitting import chain, quantized
 
-from onnxq import part as part_module
 from onnxq import parts as parts_module
 from onnxq import write_parts
 from onnxq.errors import ConfigError, ModelError, ValidationError
+from onnxq.parts import part as part_module
 from onnxq.parts.manifest import MANIFEST, Manifest
 from onnxq.parts.splitting import split
 

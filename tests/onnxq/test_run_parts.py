@@ -267,7 +267,7 @@ def test_a_process_that_does_not_answer(two: Path) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal")
 def test_a_process_that_does_not_read(two: Path) -> None:
     """More than a pipe holds."""
-    runner = PartsRunner(two, backend="processes", timeout=3)
+    runner = PartsRunner(two, backend="processes", timeout=10)
     (process,) = runner._runner._processes  # type: ignore[union-attr]
     os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(ConfigError, match="part 1 does not take what it is sent"):

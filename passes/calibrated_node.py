@@ -1,0 +1,255 @@
+"""Planning the numbers of one node from its inputs: clip, rounding, bias, affine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.kernels_ref import (
+    ClipMeasure,
+    OutputSamples,
+    Series,
+    fit_affine,
+    keep_if_better,
+    least_squares_target,
+    realize,
+    restore,
+    round_second_order,
+    search_clip,
+    series_scales,
+)
+from onnxq.passes.node_samples import NodeSamples, Numbers
+from onnxq.passes.rounded_clip import search_rounded_clip
+from onnxq.plan import NodePlan
+
+Array = npt.NDArray[Any]
+Rounding = Literal["second_order", "nearest"]
+Affine = Literal["mae", "mse", "none"]
+
+CLIP_ROWS = 1024
+# How strongly weights that aim at the float output are held to the float weights, as a share of
+# the inputs' mean square: what held-out samples call for lies anywhere between. Without them, 0.3.
+TARGET_DAMPINGS = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+USUAL_TARGET_DAMPING = 0.3
+# The same for what the weights that are rounded last make up for.
+DAMPINGS = (0.05, 0.01, 1e-3, 1e-4)
+USUAL_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """Which steps are taken.
+
+    Attributes:
+        measure: of the clip ratios: the output's mae or mse; absmax does not clip.
+        rounding: second_order aims at the float model's output, with what earlier nodes got wrong.
+        affine: the measure of the slope and offset fitted at last.
+        bias_correction: whether the mean output is made right.
+    """
+
+    measure: ClipMeasure = "mse"
+    rounding: Rounding = "second_order"
+    affine: Affine = "none"
+    bias_correction: bool = True
+
+
+def plan_node(
+    samples: NodeSamples, entry: NodePlan, plain: Series, settings: NodeSettings
+) -> Numbers:
+    """The numbers of one node; `samples` has its held-out ones taken in afterwards.
+
+    Each step is kept only where the mean absolute error of the node's output on held-out samples
+    does not grow: clip and rounding, against `plain`, the series without data; the bias; and the
+    affine, per channel. What is kept is fitted again on all samples.
+    """
+    pull = _target_damping(samples, settings)
+    target = _target(samples, settings, pull)
+    unclipped = _unclipped(target, entry)
+    damping = _damping(samples, target, unclipped, entry, settings)
+    scales = _clipped(samples, target, unclipped, entry, settings, damping=damping)
+    rounded = _rounded(samples, target, scales, entry, settings, damping=damping)
+    found = _corrected(samples, rounded, settings)
+    first = _corrected(samples, plain, settings)
+    better = samples.held.error(found) <= samples.held.error(first)
+    chosen = found if better else first
+    zero = np.zeros(len(target))
+    keep_bias = samples.held.error(chosen) <= samples.held.error(replace(chosen, bias=zero))
+    samples.take_in_held_out()
+    series = plain
+    if better:
+        ratio = scales[0] / unclipped[0]
+        target = _target(samples, settings, pull)
+        scales = tuple(_positive(scale * ratio) for scale in _unclipped(target, entry))
+        series = _rounded(samples, target, scales, entry, settings, damping=damping)
+    chosen = _corrected(samples, series, settings) if keep_bias else Numbers(series, zero)
+    return chosen if settings.affine == "none" else _affine(samples, chosen, settings.affine)
+
+
+def shift_only(samples: NodeSamples, series: Series, settings: NodeSettings) -> Numbers:
+    """The numbers of a node whose series is given: its bias alone, if held-out samples agree."""
+    without = Numbers(series, np.zeros(len(samples.matrix)))
+    found = _corrected(samples, series, settings)
+    return found if samples.held.error(found) <= samples.held.error(without) else without
+
+
+def _target_damping(samples: NodeSamples, settings: NodeSettings) -> float:
+    """The one of TARGET_DAMPINGS whose weights, not rounded, err least on held-out samples."""
+    if not samples.judges or settings.rounding == "nearest" or samples.exact_prefix:
+        return USUAL_TARGET_DAMPING
+    errors: dict[int, float] = {}
+
+    def error(i: int) -> float:
+        if i not in errors:
+            target = _target(samples, settings, TARGET_DAMPINGS[i])
+            errors[i] = samples.held.off(target, _shift(samples, target, settings))
+        return errors[i]
+
+    here, last = TARGET_DAMPINGS.index(0.1), len(TARGET_DAMPINGS) - 1
+    step = 1 if error(here + 1) < error(here) else -1
+    while 0 <= here + step <= last and error(here + step) < error(here):
+        here += step
+    return TARGET_DAMPINGS[here]
+
+
+def _target(samples: NodeSamples, settings: NodeSettings, damping: float) -> Array:
+    """What is rounded, float32 [out, in]."""
+    if settings.rounding == "nearest" or samples.exact_prefix:
+        return samples.matrix
+    hessian, cross = _moments(samples, settings)
+    return least_squares_target(samples.matrix, hessian, cross, damping).astype(np.float32)
+
+
+def _damping(
+    samples: NodeSamples,
+    target: Array,
+    scales: tuple[Array, ...],
+    entry: NodePlan,
+    settings: NodeSettings,
+) -> float:
+    """The one of DAMPINGS whose rounding, without clipping, errs least on held-out samples."""
+    if not samples.judges or settings.rounding == "nearest":
+        return USUAL_DAMPING
+
+    def error(damping: float) -> float:
+        series = _rounded(samples, target, scales, entry, settings, damping=damping)
+        return samples.held.error(_corrected(samples, series, settings))
+
+    return min(DAMPINGS, key=error)
+
+
+def _moments(samples: NodeSamples, settings: NodeSettings) -> tuple[Array, Array]:
+    """About the means where the bias will make up for them."""
+    moments = samples.moments
+    return moments.centred() if settings.bias_correction else (moments.hessian, moments.cross)
+
+
+def _unclipped(target: Array, entry: NodePlan) -> tuple[Array, ...]:
+    found = series_scales(
+        entry.series,
+        target,
+        bits=entry.bits,
+        terms=entry.terms,
+        granularity=entry.matrix_granularity(),
+    )
+    return tuple(_positive(scale) for scale in found)
+
+
+def _positive(scale: Array) -> Array:
+    return np.asarray(np.maximum(scale, np.finfo(np.float32).tiny), np.float32)
+
+
+def _clipped(
+    samples: NodeSamples,
+    target: Array,
+    scales: tuple[Array, ...],
+    entry: NodePlan,
+    settings: NodeSettings,
+    *,
+    damping: float,
+) -> tuple[Array, ...]:
+    if settings.measure == "absmax":
+        return scales
+    hessian, _ = _moments(samples, settings)
+    judge = None
+    if settings.measure == "mae":
+        step = -(-samples.fit.x_hat.shape[1] // CLIP_ROWS)
+        x = samples.fit.x_hat[:, ::step]
+        centre = x.mean(axis=1, keepdims=True) if settings.bias_correction else np.float32(0)
+        judge = OutputSamples(x - centre)
+    if settings.rounding == "second_order" and entry.block_size is None:
+        return search_rounded_clip(
+            target,
+            scales,
+            hessian,
+            bits=entry.bits,
+            kind=entry.series,
+            damping=damping,
+            samples=judge,
+        )
+    return search_clip(
+        target,
+        scales,
+        bits=entry.bits,
+        kind=entry.series,
+        block_size=entry.block_size,
+        measure=settings.measure,
+        hessian=hessian,
+        samples=judge,
+    )
+
+
+def _rounded(
+    samples: NodeSamples,
+    target: Array,
+    scales: tuple[Array, ...],
+    entry: NodePlan,
+    settings: NodeSettings,
+    *,
+    damping: float,
+) -> Series:
+    granularity = entry.matrix_granularity()
+    if settings.rounding == "nearest":
+        return realize(entry.series, target, scales, bits=entry.bits, granularity=granularity)
+    rounded = round_second_order(
+        target,
+        scales,
+        _moments(samples, settings)[0],
+        bits=entry.bits,
+        kind=entry.series,
+        block_size=entry.block_size,
+        damping=damping,
+    )
+    return restore(
+        entry.series,
+        rounded.terms,
+        scales,
+        shape=target.shape,
+        bits=entry.bits,
+        granularity=granularity,
+    )
+
+
+def _corrected(samples: NodeSamples, series: Series, settings: NodeSettings) -> Numbers:
+    return Numbers(series, _shift(samples, series.dequantize(), settings))
+
+
+def _shift(samples: NodeSamples, matrix: Array, settings: NodeSettings) -> Array:
+    """What makes the mean of the outputs of these weights right, float64 [out]."""
+    if not settings.bias_correction:
+        return np.zeros(len(matrix))
+    return samples.moments.bias_shift(samples.matrix, matrix)
+
+
+def _affine(samples: NodeSamples, numbers: Numbers, measure: Literal["mae", "mse"]) -> Numbers:
+    """QPRep: γ goes into the scales, β into the bias."""
+    gamma, beta = fit_affine(samples.fit.outputs(numbers), samples.fit.wanted, measure=measure)
+    gamma, beta = keep_if_better(
+        gamma, beta, samples.held.outputs(numbers), samples.held.wanted, measure=measure
+    )
+    terms = tuple(
+        replace(term, scale=_positive((term.scale.T * gamma).T)) for term in numbers.series.terms
+    )
+    return Numbers(replace(numbers.series, terms=terms), gamma * numbers.bias + beta)
