@@ -39,11 +39,13 @@ SeriesKind = Literal["fixed_ratio", "digit", "joint"]
 class Series:
     """The terms of one weight, most significant first, all of one shape and granularity.
 
+    `offset`, of a matrix [out, in], is a number per row [out] that is added to all its elements.
     Raises ValueError where there are no terms or the kind is unknown.
     """
 
     terms: tuple[Term, ...]
     kind: SeriesKind
+    offset: FloatArray | None = None
 
     def __post_init__(self) -> None:
         _check_kind(self.kind)
@@ -60,15 +62,18 @@ class Series:
     def dequantize(self, n: int | None = None) -> FloatArray:
         """The sum of the first n terms (default: all), of the weight's shape and scales' dtype.
 
+        The offset comes with any number of terms; it is added last.
         Raises ValueError for an n outside 0..len(self).
         """
         total = np.zeros(self.terms[0].q.shape, dtype=self.terms[0].scale.dtype)
         for term in self._first(n):
             total += term.dequantize()
+        if self.offset is not None:
+            total += self.offset[:, np.newaxis]
         return total
 
     def residual(self, w: FloatArray, n: int | None = None) -> FloatArray:
-        """Subtract the first n terms (default: all) from w, one after the other.
+        """Subtract the offset and the first n terms (default: all) from w, one after the other.
 
         The same order as in `realize`: it loses less to rounding than `w - dequantize(n)`.
         Raises ValueError for an n outside 0..len(self), or a w of another shape.
@@ -76,6 +81,8 @@ class Series:
         if w.shape != self.terms[0].q.shape:
             raise ValueError(f"w has shape {w.shape}, but the series {self.terms[0].q.shape}")
         rest: FloatArray = w.copy()
+        if self.offset is not None:
+            rest -= self.offset[:, np.newaxis]
         for term in self._first(n):
             rest -= term.dequantize()
         return rest

@@ -14,7 +14,9 @@ class Term:
     """q of the weight's shape, scale and zero_point of its `scale_shape`.
 
     q holds `bits`-bit integers (int8, or uint8 where affine); zero_point is 0 for the terms of a
-    series. Compared by identity: arrays have no single truth value.
+    series. Of a matrix [out, in] a term may cover only some `rows` and `columns` (indices, rising);
+    its q is 0 elsewhere, which need not be stored. Compared by identity: arrays have no single
+    truth value.
     """
 
     q: IntArray
@@ -22,6 +24,8 @@ class Term:
     zero_point: IntArray | int
     bits: int
     granularity: Granularity
+    rows: IntArray | None = None
+    columns: IntArray | None = None
 
     def dequantize(self) -> FloatArray:
         """(q - zero_point) * scale, in scale's dtype; ValueError where the shapes disagree."""

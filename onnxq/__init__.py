@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxq.options import Options
     from onnxq.parts import PartsRunner, SplitReport, run_parts, split
     from onnxq.plan import NodePlan, Plan
+    from onnxq.progressive import TermsReport, TermsResult, extend, truncate
     from onnxq.report import Report
 
 __version__ = version("onnxq")
@@ -50,15 +51,19 @@ _HOME = {
     "Report": "report",
     "Result": "api",
     "SplitReport": "parts",
+    "TermsReport": "progressive",
+    "TermsResult": "progressive",
     "ValidationError": "errors",
     "bench": "benchmarking",
     "compare": "comparison",
     "diagnose": "doctor",
+    "extend": "progressive",
     "fold": "folding",
     "inspect": "inspection",
     "quantize": "api",
     "run_parts": "parts",
     "split": "parts",
+    "truncate": "progressive",
 }
 
 __all__ = [
@@ -81,15 +86,19 @@ __all__ = [
     "Report",
     "Result",
     "SplitReport",
+    "TermsReport",
+    "TermsResult",
     "ValidationError",
     "bench",
     "compare",
     "diagnose",
+    "extend",
     "fold",
     "inspect",
     "quantize",
     "run_parts",
     "split",
+    "truncate",
 ]
 
 

@@ -13,6 +13,7 @@ import onnx
 
 from onnxq.calibrated import Calibrated
 from onnxq.calibration import Calibration, CalibrationSource, open_calibration
+from onnxq.embedded_plan import embed_plan
 from onnxq.errors import ConfigError
 from onnxq.images import ImageOptions
 from onnxq.model import Model, load, save, to_proto
@@ -124,6 +125,8 @@ def quantize(
         equalize=chosen.equalize,
         calibrate=planner,
     )
+
+    embed_plan(rewritten.model, rewritten.plan, equalized="Equalize" in rewritten.passes)
 
     def verify(written: Path | bytes) -> None:
         check(written)

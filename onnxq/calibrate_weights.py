@@ -81,9 +81,9 @@ def calibrate_weights(
 ) -> tuple[Plan, tuple[str, ...]]:
     """A plan whose scales, integers and biases make the nodes' outputs on the samples right.
 
-    Conv and MatMul of the main graph are calibrated, unless the plan has integers for them already;
-    the others keep scales that were found without data. Nodes that share a weight get the integers
-    of the first of them, and a bias each. Activations are float throughout.
+    Conv and MatMul of the main graph are calibrated; the others keep scales found without data.
+    Where the plan has integers already they are kept, and only a missing bias is found. Nodes that
+    share a weight get the integers of the first of them, and a bias each. Activations are float.
 
     Args:
         model: the canonical model; only read.
@@ -148,11 +148,10 @@ class _Walk:
         """Take a node in, or note why not; `most` are the bytes that its moments may take."""
         rows = NodeRows.of(candidate.node, weight)
         reason = _why_not(entry, candidate, rows, most)
-        given = entry.name in self.plan.integers
-        if isinstance(rows, NodeRows) and reason is None and not given:
+        if isinstance(rows, NodeRows) and reason is None:
             self.sites[entry.name] = _Site(entry, weight, rows)
             return
-        if reason is not None and not given:
+        if reason is not None and entry.name not in self.plan.integers:
             self.left[entry.name] = reason
         if candidate.node.op in LINEAR and not candidate.inner:
             series = node_series(weight, entry, self.plan)
@@ -181,20 +180,21 @@ class _Walk:
 
     def _node(self, frontier: Frontier, site: _Site, index: int) -> None:
         plan, name = self.plan, site.entry.name
-        twin = self._shared.get(site.shared_key)
+        given = name in plan.integers
+        twin = None if given else self._shared.get(site.shared_key)
         if twin is not None:
             plan.scales[name], plan.integers[name] = plan.scales[twin], plan.integers[twin]
         series = node_series(site.weight, site.entry, plan)
         samples = self._samples(frontier, site, index)
         if samples is None:
             found = Numbers(series, np.zeros(site.weight.out))
-        elif twin is not None:
+        elif given or twin is not None:
             found = shift_only(samples, series, self.settings)
         else:
             found = plan_node(samples, site.entry, series, self.settings)
             plan.scales[name], plan.integers[name] = found.scales, found.integers
             self._shared[site.shared_key] = name
-        bias = found.bias.astype(np.float32)
+        bias = plan.bias.get(name, found.bias.astype(np.float32))
         if bias.any():
             plan.bias[name] = bias
         shift = site.rows.spread(bias) if bias.any() else None

@@ -24,6 +24,7 @@ from onnxq.inspection import inspect as run_inspect
 from onnxq.options import Options
 from onnxq.parts import run_parts_file
 from onnxq.parts.runner import TIMEOUT
+from onnxq.progressive import TermsReport
 from onnxq.show import (
     make_console,
     make_page,
@@ -35,6 +36,7 @@ from onnxq.show import (
     show_inspection,
     show_report,
     show_split,
+    show_terms,
 )
 
 EXIT_BAD_INPUT = 2
@@ -343,6 +345,54 @@ def inspect(
         typer.echo(found.model_dump_json(indent=1))
     else:
         show_inspection(make_console(), found)
+
+
+Terms = Annotated[int, typer.Option(help="How many terms each node shall have.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def truncate(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN.onnx", help="Written by quantize, several terms.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write.")],
+    terms: Terms,
+    data: DataFile = None,
+    input_shape: Shapes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep the first terms of each node; the float model is not needed."""
+    made = onnxq.truncate(source, target, terms, data=data, input_shapes=_shapes(input_shape))
+    _say_terms(made.report, target, str(source), as_json=as_json)
+
+
+@app.command()
+def extend(
+    source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="Written by quantize.")],
+    float_model: Annotated[
+        Path, typer.Argument(metavar="FLOAT.onnx", help="The model that it was made from.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write.")],
+    terms: Terms,
+    data: DataFile = None,
+    input_shape: Shapes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add further terms to what a quantized model has."""
+    made = onnxq.extend(
+        source, float_model, target, terms, data=data, input_shapes=_shapes(input_shape)
+    )
+    _say_terms(made.report, target, "the float model", as_json=as_json)
+
+
+def _say_terms(report: TermsReport, target: Path, against: str, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(report.model_dump_json(indent=1))
+        return
+    console = make_console()
+    show_terms(console, report, against)
+    console.print(f"wrote {target}")
 
 
 @app.command()

@@ -283,8 +283,7 @@ def _session(
             _put_replaced(part.graph, node, replacement)
     read = {name for node in part.graph.node for name in reads(node)}
     part.graph.initializer.extend(t for t in proto.graph.initializer if t.name in read)
-    sparse = (t for t in proto.graph.sparse_initializer if t.values.name in read)
-    part.graph.sparse_initializer.extend(sparse)
+    part.graph.sparse_initializer.extend(proto.graph.sparse_initializer)
     for name, array in inputs.items():
         if name in read or name in outputs:
             kind = np_dtype_to_tensor_dtype(array.dtype)

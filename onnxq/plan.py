@@ -65,6 +65,53 @@ class NodePlan(BaseModel):
     activation_terms: int = Field(default=1, ge=1, le=4)
     products: Literal["all", "triangular"] | Annotated[int, Field(ge=1)] = "triangular"
     form: WeightForm = "folded"
+    centre: bool = False
+    offset: bool = False
+    outliers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+
+    @model_validator(mode="after")
+    def _partial_terms(self) -> NodePlan:
+        kernel = self.shape[2:]
+        if self.centre:
+            if self.op_type != "Conv" or (
+                self.shape and (np.prod(kernel) == 1 or any(k % 2 == 0 for k in kernel))
+            ):
+                raise ValueError("centre is for a Conv with a kernel of odd size, not 1")
+            if self.terms < 2 or self.granularity == "per_block" or self.offset:
+                raise ValueError(
+                    "centre needs terms >= 2 and a granularity other than per_block, and no offset"
+                )
+            if self.activations == "static" or (
+                self.activations == "dynamic" and self.layout == "merged"
+            ):
+                raise ValueError(
+                    "centre needs activations none, or dynamic with layout parallel: its first "
+                    "term has a scale of its own"
+                )
+        if self.offset:
+            if self.granularity != "per_channel" or self.form != "folded":
+                raise ValueError("offset needs granularity per_channel and form folded")
+            if self.terms > 1 and self.series != "digit":
+                raise ValueError("offset with several terms needs series digit")
+            if self.activations == "static":
+                raise ValueError("offset needs activations none or dynamic")
+        return self
+
+    @model_validator(mode="after")
+    def _outlier_columns(self) -> NodePlan:
+        if not self.outliers:
+            return self
+        if self.op_type != "MatMul" or self.activations != "dynamic" or len(self.shape) > 2:
+            raise ValueError("outliers is for a MatMul by a matrix, with activations dynamic")
+        if self.offset:
+            raise ValueError("outliers needs no offset")
+        if any(a >= b for a, b in zip(self.outliers, self.outliers[1:], strict=False)):
+            raise ValueError("outliers must be rising")
+        if self.shape and (
+            self.outliers[-1] >= self.shape[0] or len(self.outliers) >= self.shape[0]
+        ):
+            raise ValueError(f"outliers must be some of the {self.shape[0]} columns of the input")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> NodePlan:
@@ -105,9 +152,10 @@ class NodePlan(BaseModel):
 
     def scales_key(self) -> str:
         """What the scales depend on; scales made for another key are searched again."""
-        return f"{self.crc32} {self.series} {self.bits}x{self.terms} {self.granularity}" + (
-            f" {self.block_size}" if self.block_size else ""
-        )
+        parts = [self.crc32, self.series, f"{self.bits}x{self.terms}", self.granularity]
+        parts += [str(self.block_size)] if self.block_size else []
+        parts += ["centre"] if self.centre else []
+        return " ".join(parts + (["offset"] if self.offset else []))
 
 
 class Plan(BaseModel):
@@ -116,8 +164,10 @@ class Plan(BaseModel):
     `scales` maps a node's name to one float array per term: [out] per channel, [out, blocks] per
     block, () per tensor. A node without an entry gets its scales when the plan is completed.
     `integers`, int8 [out, in] per term, are there for nodes whose weights were not simply rounded
-    to nearest; `bias`, float32 [out], is what planning adds to a node's output. `ranges` maps the
-    name of an activation to its static (rmin, rmax).
+    to nearest; `bias`, float32 [out], is what planning adds to a node's output. `points`, int8
+    [out], are there for nodes whose channels have different numbers of terms; `offsets`, float32
+    [out], for those planned with `offset`, together with the scales. `ranges` maps the name of an
+    activation to its static (rmin, rmax).
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -128,6 +178,8 @@ class Plan(BaseModel):
     scales: dict[str, tuple[FloatArray, ...]] = Field(default_factory=dict, exclude=True)
     integers: dict[str, tuple[IntArray, ...]] = Field(default_factory=dict, exclude=True)
     bias: dict[str, FloatArray] = Field(default_factory=dict, exclude=True)
+    points: dict[str, IntArray] = Field(default_factory=dict, exclude=True)
+    offsets: dict[str, FloatArray] = Field(default_factory=dict, exclude=True)
 
     @model_validator(mode="after")
     def _unique(self) -> Plan:
@@ -167,6 +219,10 @@ class Plan(BaseModel):
                 arrays[f"{name}/term{i}/scale"] = scale
             for i, q in enumerate(self.integers.get(name, ())):
                 arrays[f"{name}/term{i}/q"] = q
+            if name in self.points:
+                arrays[f"{name}/points"] = self.points[name]
+            if name in self.offsets:
+                arrays[f"{name}/offset"] = self.offsets[name]
             if name in self.bias:
                 arrays[f"{name}/bias"] = self.bias[name]
             arrays[f"{name}/made_for"] = np.array(keys[name])
@@ -227,7 +283,21 @@ class Plan(BaseModel):
             if bad:
                 raise ConfigError(f"plan scales {path}: {bad[0]!r} is missing or damaged{advice}")
             self.scales[node.name] = tuple(arrays[name] for name in names)
+            self._read_partial(node, arrays, f"plan scales {path}", advice)
             self._read_rounded(node, arrays, f"plan scales {path}", advice)
+
+    def _read_partial(
+        self, node: NodePlan, arrays: Mapping[str, FloatArray], where: str, advice: str
+    ) -> None:
+        points, offset = (arrays.get(f"{node.name}/{what}") for what in ("points", "offset"))
+        if points is not None:
+            if not _are_points(points, node):
+                raise ConfigError(f"{where}: '{node.name}/points' is damaged{advice}")
+            self.points[node.name] = points
+        if node.offset or offset is not None:
+            if offset is None or not _is_vector(offset):
+                raise ConfigError(f"{where}: '{node.name}/offset' is missing or damaged{advice}")
+            self.offsets[node.name] = offset
 
     def _read_rounded(
         self, node: NodePlan, arrays: Mapping[str, FloatArray], where: str, advice: str
@@ -240,7 +310,7 @@ class Plan(BaseModel):
             self.integers[node.name] = tuple(arrays[name] for name in names)
         bias = arrays.get(f"{node.name}/bias")
         if bias is not None:
-            if bias.dtype != np.float32 or bias.ndim != 1 or not np.isfinite(bias).all():
+            if not _is_vector(bias):
                 raise ConfigError(f"{where}: '{node.name}/bias' is damaged{advice}")
             self.bias[node.name] = bias
 
@@ -271,6 +341,19 @@ def _is_term(array: FloatArray | None, node: NodePlan) -> bool:
         return False
     half = 1 << (node.bits - 1)
     return array.size == np.prod(node.shape) and bool(((array >= -half) & (array < half)).all())
+
+
+def _is_vector(array: FloatArray) -> bool:
+    return array.dtype == np.float32 and array.ndim == 1 and bool(np.isfinite(array).all())
+
+
+def _are_points(array: FloatArray, node: NodePlan) -> bool:
+    return (
+        array.dtype == np.int8
+        and array.ndim == 1
+        and array.size > 0
+        and bool(((array >= 1) & (array <= node.terms)).all())
+    )
 
 
 def _as_kwargs(arrays: Mapping[str, FloatArray]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from onnxq.doctor import Diagnosis
 from onnxq.folding import FoldReport
 from onnxq.inspection import Inspection
 from onnxq.parts import SplitReport
+from onnxq.progressive import TermsReport
 from onnxq.report import Report
 
 _MIB = 2**20
@@ -103,6 +104,24 @@ def show_split(console: Console, report: SplitReport) -> None:
     console.print(table)
 
 
+def show_terms(console: Console, report: TermsReport, against: str) -> None:
+    """What `truncate` or `extend` did, and the errors against the model that is named."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    changes = {node: f"{a} → {b} terms" for node, (a, b) in report.changed.items()}
+    for change, names in _by_reason(changes):
+        table.add_row("changed", f"{_some(names)}: {change}")
+    ratio = report.size_after / report.size_before
+    sizes = f"{_bytes(report.size_before)} → {_bytes(report.size_after)} ({ratio:.3f} ×)"
+    table.add_row("size", sizes)
+    for warning in report.warnings:
+        table.add_row("warning", warning)
+    console.print(table)
+    if report.comparison is not None:
+        show_comparison(console, report.comparison, with_ratios=False, against=against)
+
+
 def show_report(console: Console, report: Report) -> None:
     """The summary table of `quantize`."""
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -157,10 +176,16 @@ def show_fold(console: Console, report: FoldReport) -> None:
         console.print(f"warning: {warning}", style="yellow")
 
 
-def show_comparison(console: Console, found: Comparison, *, with_ratios: bool = True) -> None:
+def show_comparison(
+    console: Console,
+    found: Comparison,
+    *,
+    with_ratios: bool = True,
+    against: str = "the float model",
+) -> None:
     """The error table, and the ratios of `compare`."""
     kind = "made-up samples (N(0, 1) or 0/1)" if found.made_up_inputs else "samples"
-    table = Table(title=f"error against the float model on {found.samples} {kind}")
+    table = Table(title=f"error against {against} on {found.samples} {kind}")
     table.title_justify = "left"
     table.add_column("output", overflow="fold")
     for name in ("sqnr_db", "mae", "max_abs_error", "cosine", "top1_agreement"):

@@ -62,28 +62,29 @@ def plan_node(
     """The numbers of one node; `samples` has its held-out ones taken in afterwards.
 
     Each step is kept only where the mean absolute error of the node's output on held-out samples
-    does not grow: clip and rounding, against `plain`, the series without data; the bias; and the
-    affine, per channel. What is kept is fitted again on all samples.
+    does not grow: rounding, against `plain`, the series without data; the bias; and the affine, per
+    channel. What is kept is fitted again on all samples, and then the scales are clipped: every
+    ratio is also another rounding, and the best would not be the best for other moments.
     """
     pull = _target_damping(samples, settings)
     target = _target(samples, settings, pull)
-    unclipped = _unclipped(target, entry)
-    damping = _damping(samples, target, unclipped, entry, settings)
-    scales = _clipped(samples, target, unclipped, entry, settings, damping=damping)
+    scales = _unclipped(target, entry)
+    damping = _damping(samples, target, scales, entry, settings)
     rounded = _rounded(samples, target, scales, entry, settings, damping=damping)
-    found = _corrected(samples, rounded, settings)
-    first = _corrected(samples, plain, settings)
-    better = samples.held.error(found) <= samples.held.error(first)
-    chosen = found if better else first
+    found, first = (_corrected(samples, series, settings) for series in (rounded, plain))
     zero = np.zeros(len(target))
+    chosen = found if samples.held.error(found) <= samples.held.error(first) else first
     keep_bias = samples.held.error(chosen) <= samples.held.error(replace(chosen, bias=zero))
     samples.take_in_held_out()
     series = plain
-    if better:
-        ratio = scales[0] / unclipped[0]
+    if chosen is found:
         target = _target(samples, settings, pull)
-        scales = tuple(_positive(scale * ratio) for scale in _unclipped(target, entry))
+        scales = _clipped(
+            samples, target, _unclipped(target, entry), entry, settings, damping=damping
+        )
         series = _rounded(samples, target, scales, entry, settings, damping=damping)
+        if samples.held.error(_corrected(samples, series, settings)) > samples.held.error(first):
+            series = plain
     chosen = _corrected(samples, series, settings) if keep_bias else Numbers(series, zero)
     return chosen if settings.affine == "none" else _affine(samples, chosen, settings.affine)
 

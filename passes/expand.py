@@ -13,7 +13,7 @@ from onnxq.model import Model
 from onnxq.passes.add_bias import add_bias
 from onnxq.passes.base import PassResult
 from onnxq.passes.edit import Builder, Names
-from onnxq.passes.lower_dynamic import lower_dynamic
+from onnxq.passes.lower_dynamic import dynamic_pair, lower_dynamic
 from onnxq.passes.lower_float import lower_float
 from onnxq.passes.lower_nbits import lower_nbits
 from onnxq.passes.lower_static import lower_static
@@ -29,20 +29,24 @@ def required_opset(plan: Plan) -> int:
     """The lowest default-domain opset in which the plan's forms exist.
 
     Cast and constants of INT4/UINT4: opset 21. DequantizeLinear with one scale per channel: 13.
-    BitShift, for nibbles in bytes: 11. Slice with its ends as inputs, which cuts off the padding
-    of the last block: 10. Cast of int8 and Mul with broadcasting: 7.
+    BitShift, for nibbles in bytes, and ScatterND and Pad, for terms of a part: 11. Slice with its
+    ends as inputs, which cuts off the padding of the last block: 10. Cast of int8 and Mul with
+    broadcasting: 7.
     """
-    return max((_required_opset(node) for node in plan.quantized), default=7)
+    return max(
+        (_required_opset(node, partial=node.name in plan.points) for node in plan.quantized),
+        default=7,
+    )
 
 
-def _required_opset(node: NodePlan) -> int:
+def _required_opset(node: NodePlan, *, partial: bool) -> int:
     if stored_bits(node.bits) == PACKED_BITS and node.packing == "int4":
         return 21
     if node.form == "nbits":
         return 21
     if node.activations != "none":
         return 13
-    if stored_bits(node.bits) == PACKED_BITS:
+    if stored_bits(node.bits) == PACKED_BITS or partial or node.centre:
         return 11
     return 10 if node.block_size else 7
 
@@ -116,13 +120,18 @@ class Expand:
             id(weight.tensor),
             weight.split,
             weight.out_axes,
-            entry.op_type == "Conv",  # ConvInteger and MatMulInteger take other integer types
+            entry.op_type,  # ConvInteger and MatMulInteger take other integer types
             entry.activations,
+            str(dynamic_pair(entry)) if entry.activations == "dynamic" else entry.target,
             entry.layout,
             entry.packing,
             entry.scales_key(),
             *(scale.tobytes() for scale in self.plan.scales[entry.name]),
             *(zlib.crc32(q.data) for q in self.plan.integers.get(entry.name, ())),
+            *(
+                made[entry.name].tobytes() if entry.name in made else b""
+                for made in (self.plan.points, self.plan.offsets)
+            ),
         )
         if key not in stored:
             series = node_series(weight, entry, self.plan)

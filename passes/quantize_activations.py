@@ -25,7 +25,7 @@ class Quantized(NamedTuple):
 
 @dataclass(eq=False)
 class ActivationQuantizer:
-    """Makes and remembers the terms of the activations of one graph.
+    """Makes and remembers the terms of the activations of one graph, and their outlier columns.
 
     The arithmetic is that of `kernels_ref.activation_series`, bit for bit. The first term is
     affine, with the range max(x, 0) … min(x, 0) of the tensor at hand; a term after it is
@@ -34,6 +34,7 @@ class ActivationQuantizer:
 
     done: dict[tuple[int, str, int, int], Quantized] = field(default_factory=dict)
     proofs: dict[int, bool] = field(default_factory=dict)
+    splits: dict[tuple[int, tuple[int, ...]], Any] = field(default_factory=dict)
 
     def term(
         self, builder: Builder, tensor: Any, kind: IntType, bits: int = 8, index: int = 0

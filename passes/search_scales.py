@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from onnxq.errors import ConfigError
-from onnxq.kernels_ref import Series, realize, restore, series_scales
+from onnxq.kernels_ref import Series
+from onnxq.kernels_ref.partial import Coverage, partial_scales, realize_partial, restore_partial
 from onnxq.model import Model
 from onnxq.passes.weights import Candidate, Weight, candidates, check_finite
 from onnxq.plan import NodePlan, Plan
@@ -22,8 +26,8 @@ def no_progress(_what: str, _done: int, _total: int) -> None:
 class SearchScales:
     """Fill in the scales that a plan does not have yet.
 
-    Given:   NodePlan with bits, terms, series, granularity
-    Result:  plan.scales[name], one array per term
+    Given:   NodePlan with bits, terms, series, granularity, centre, offset; plan.points[name]
+    Result:  plan.scales[name], one array per term; plan.offsets[name]
     """
 
     progress: Progress = no_progress
@@ -40,44 +44,92 @@ class SearchScales:
             self.progress("planning", i, len(sites))
             if node.name in plan.scales:
                 continue
-            key = (id(weight.tensor), weight.split, weight.out_axes, node.scales_key())
+            points = plan.points.get(node.name)
+            key = (
+                id(weight.tensor),
+                weight.split,
+                weight.out_axes,
+                node.scales_key(),
+                None if points is None else points.tobytes(),
+            )
             if key in shared:  # a weight that several nodes share is searched once
                 plan.scales[node.name] = plan.scales[shared[key]]
+                if node.offset:
+                    plan.offsets[node.name] = plan.offsets[shared[key]]
                 continue
             shared[key] = node.name
-            plan.scales[node.name] = series_scales(
-                node.series,
-                weight.matrix(),
-                bits=node.bits,
-                terms=node.terms,
-                granularity=node.matrix_granularity(),
-            )
+            _search(weight, node, plan)
         self.progress("planning", len(sites), len(sites))
         return plan
+
+
+def _search(weight: Weight, node: NodePlan, plan: Plan) -> None:
+    try:
+        offset, scales = partial_scales(
+            node.series,
+            weight.matrix(),
+            node_coverage(weight, node, plan),
+            bits=node.bits,
+            terms=node.terms,
+            granularity=node.matrix_granularity(),
+        )
+    except ValueError as error:
+        raise _unfit(node, error) from None
+    plan.scales[node.name] = scales
+    if offset is not None:
+        plan.offsets[node.name] = offset
+
+
+def node_coverage(weight: Weight, node: NodePlan, plan: Plan) -> Coverage:
+    """Which part of the weight, as a matrix [out, in], each term of a node covers."""
+    centre = None
+    if node.centre:  # the columns are channels times taps
+        taps = math.prod(weight.shape[2:])
+        centre = np.arange(weight.shape[1]) * taps + taps // 2
+    return Coverage(plan.points.get(node.name), centre, node.offset)
 
 
 def node_series(weight: Weight, node: NodePlan, plan: Plan) -> Series:
     """The terms of one node, as matrices [out, in].
 
     Raises:
-        ConfigError: the plan's scales are of another shape, sign or ratio than the series needs.
+        ConfigError: the plan's scales are of another shape, sign or ratio than the series needs,
+            or its points or offset do not fit.
     """
     scales, granularity = plan.scales[node.name], node.matrix_granularity()
     shape = (weight.out, weight.size // weight.out)
-    integers = plan.integers.get(node.name)
+    integers, offset = plan.integers.get(node.name), plan.offsets.get(node.name)
     try:
+        coverage = node_coverage(weight, node, plan)
         if integers is not None:
-            return restore(
-                node.series, integers, scales, shape=shape, bits=node.bits, granularity=granularity
+            return restore_partial(
+                node.series,
+                integers,
+                scales,
+                coverage,
+                offset,
+                shape=shape,
+                bits=node.bits,
+                granularity=granularity,
             )
-        return realize(
-            node.series, weight.matrix(), scales, bits=node.bits, granularity=granularity
+        return realize_partial(
+            node.series,
+            weight.matrix(),
+            scales,
+            coverage,
+            offset,
+            bits=node.bits,
+            granularity=granularity,
         )
     except ValueError as error:
-        raise ConfigError(
-            f"plan: the numbers of node {node.name!r} do not fit: {error}; delete its .npz to have "
-            "them searched again"
-        ) from None
+        raise _unfit(node, error) from None
+
+
+def _unfit(node: NodePlan, error: ValueError) -> ConfigError:
+    return ConfigError(
+        f"plan: the numbers of node {node.name!r} do not fit: {error}; delete its .npz to have "
+        "them searched again"
+    )
 
 
 def match_plan(model: Model, plan: Plan) -> list[tuple[NodePlan, tuple[Candidate, Weight]]]:

@@ -13,17 +13,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from onnxq.kernels_ref import Series, Term
 from onnxq.passes.edit import Builder
 from onnxq.passes.nibbles import pack_nibbles, unpack_nibbles
 from onnxq.passes.weights import Weight
+from onnxq.passes.whole_terms import spread_centre, spread_rows
 from onnxq.plan import NodePlan
 
 Array = npt.NDArray[Any]
 
 PACKED_BITS = 4
+# Metadata of an Add that merges a term into the ones before it: the term's index.
+ADDED_TERM = "onnxq.added_term"
 
 
 def stored_bits(bits: int) -> int:
@@ -62,25 +65,57 @@ class StoredTerms:
         parts = [self._float_term(builder, i) for i in indices]
         total = parts[0]
         for i, part in zip(indices[1:], parts[1:], strict=True):
-            total = builder.add("Add", f"{self._base(i)}/merged", [total, part])
+            total = builder.add(
+                "Add", f"{self._base(i)}/merged", [total, part], metadata={ADDED_TERM: str(i)}
+            )
+        if self.series.offset is not None and 0 in indices:
+            # Last: the rounding of the sum is that of Series.dequantize.
+            offset = self.channel_offset(builder, self.weight.channel_shape())
+            name = f"{self.weight.tensor.name}/channel_offset/added"
+            total = builder.add("Add", name, [total, offset])
         return self._in_shape(builder, total)
 
     def _float_term(self, builder: Builder, i: int) -> Any:
         term, base = self.series.terms[i], self._base(i)
-        as_float = self._loaded(builder, i, partial(self._stored_q, term), TensorProto.FLOAT)
+        as_float = self._loaded(builder, i, partial(self._stored_q, i), TensorProto.FLOAT)
         scale = self._constant(f"{base}/scale", builder, lambda: self._stored_scale(term))
-        return builder.add("Mul", f"{base}/dequantized", [as_float, scale])
+        part = builder.add("Mul", f"{base}/dequantized", [as_float, scale])
+        return self._whole(builder, i, part, np.float32(0))
+
+    def _whole(self, builder: Builder, i: int, part: Any, fill: np.generic) -> Any:
+        """A term that covers a part of the weight, with `fill` elsewhere; a whole one as it is."""
+        term, weight, base = self.series.terms[i], self.weight, self._base(i)
+        if term.columns is not None:
+            return spread_centre(builder, part, weight.shape[2:], base, fill=fill)
+        if term.rows is None:
+            return part
+        inner = self._row_shape()
+        whole = spread_rows(builder, part, term.rows, (weight.out, *inner), base, fill=fill)
+        if self._block is not None or weight.out_axes == (0,):
+            return whole
+        return self._from_matrix(builder, whole, base)
+
+    def _row_shape(self) -> tuple[int, ...]:
+        """The shape in which a row is stored where a term does not cover all of them."""
+        if self._block is not None:
+            return (-(-self.series.terms[0].q.shape[1] // self._block), self._block)
+        return tuple(self.weight.split[axis] for axis in self.weight.in_axes)
+
+    def _from_matrix(self, builder: Builder, tensor: Any, base: str) -> Any:
+        """[out, in] in the shape of `split`."""
+        weight = self.weight
+        dims = tuple(weight.split[axis] for axis in weight.order)
+        tensor = self._reshape(builder, tensor, dims, f"{base}/channels_first")
+        back = [int(axis) for axis in np.argsort(weight.order)]
+        if back == sorted(back):
+            return tensor
+        return builder.add("Transpose", f"{base}/turned", [tensor], attrs={"perm": back})
 
     def _in_shape(self, builder: Builder, tensor: Any) -> Any:
         """From the order in which the terms are stored to the shape that the node reads."""
         weight, base = self.weight, self.weight.tensor.name
         if self._block is not None:
-            tensor = self._unblock(builder, tensor, self._block)
-            dims = tuple(weight.split[axis] for axis in weight.order)
-            tensor = self._reshape(builder, tensor, dims, f"{base}/channels_first")
-            back = [int(axis) for axis in np.argsort(weight.order)]
-            if back != sorted(back):
-                tensor = builder.add("Transpose", f"{base}/turned", [tensor], attrs={"perm": back})
+            tensor = self._from_matrix(builder, self._unblock(builder, tensor, self._block), base)
         if weight.split == weight.shape:
             return tensor
         return self._reshape(builder, tensor, weight.shape, f"{base}/reshaped")
@@ -128,8 +163,11 @@ class StoredTerms:
         total = None
         for i in indices:
             part = self._loaded(builder, i, partial(self._plain_q, i), TensorProto.INT32)
+            part = self._whole(builder, i, part, np.int32(0))
             if total is not None:
-                part = builder.add("Add", f"{self._base(i)}/added", [total, part])
+                part = builder.add(
+                    "Add", f"{self._base(i)}/added", [total, part], metadata={ADDED_TERM: str(i)}
+                )
             if i != indices[-1]:
                 radix = self._constant(
                     f"{base}/radix", builder, lambda: np.array(2**self.plan.bits, np.int32)
@@ -144,6 +182,16 @@ class StoredTerms:
         return builder.add("Cast", f"{base}/integer", [total], attrs={"to": to})
 
     def _one_integer(self, builder: Builder, i: int, to: int, zero_point: int) -> Any:
+        fill = helper.tensor_dtype_to_np_dtype(to).type(zero_point)
+        return self._whole(builder, i, self.integer_rows(builder, i, to, zero_point), fill)
+
+    def integer_rows(self, builder: Builder, i: int, to: int, zero_point: int) -> Any:
+        """The part that term i covers, plus `zero_point`, as elements of type `to`.
+
+        The rows alone, [rows, inputs, …], or the centre taps alone, [out, in, 1, …]; a term that
+        covers all has the shape of `split`.
+        """
+
         def make() -> Array:
             return np.asarray(self._plain_q(i).astype(np.int16) + zero_point)
 
@@ -175,11 +223,22 @@ class StoredTerms:
         q = self._constant(f"{base}/q", builder, make, kind)
         return builder.add("Cast", f"{base}/cast", [q], attrs={"to": to})
 
-    def channel_scale(self, builder: Builder, i: int, shape: tuple[int, ...]) -> Any:
-        """The term's scale per output channel, in `shape`."""
-        scale = np.asarray(self.series.terms[i].scale, np.float32)
+    def channel_scale(
+        self, builder: Builder, i: int, shape: tuple[int, ...], *, part: bool = False
+    ) -> Any:
+        """The term's scale per output channel, in `shape`; with `part` of its rows alone."""
+        term, name = self.series.terms[i], f"{self._base(i)}/scale"
+        scale = np.asarray(term.scale, np.float32)
         full = np.broadcast_to(scale, (self.weight.out,))
-        return self._constant(f"{self._base(i)}/scale", builder, partial(full.reshape, shape))
+        if part and term.rows is not None:
+            return self._constant(f"{name}/rows", builder, partial(full[term.rows].reshape, shape))
+        return self._constant(name, builder, partial(full.reshape, shape))
+
+    def channel_offset(self, builder: Builder, shape: tuple[int, ...]) -> Any:
+        """The offset per output channel, in `shape`; only where the series has one."""
+        name = f"{self.weight.tensor.name}/channel_offset"
+        offset = np.asarray(self.series.offset, np.float32)
+        return self._constant(name, builder, partial(offset.reshape, shape))
 
     def _base(self, i: int) -> str:
         return f"{self.weight.tensor.name}/term{i}"
@@ -196,19 +255,31 @@ class StoredTerms:
         return self.constants[name]
 
     def _plain_q(self, i: int) -> Array:
-        return self.weight.from_matrix(self.series.terms[i].q)
+        """The integers of the part that term i covers, as the node reads them but for blocks."""
+        term, weight = self.series.terms[i], self.weight
+        if term.columns is not None:
+            taps = [1] * len(weight.shape[2:])
+            return term.q[:, term.columns].reshape(*weight.shape[:2], *taps)
+        if term.rows is not None:
+            return term.q[term.rows].reshape(len(term.rows), *self._row_shape())
+        return weight.from_matrix(term.q)
 
-    def _stored_q(self, term: Term) -> Array:
+    def _stored_q(self, i: int) -> Array:
+        term = self.series.terms[i]
         if self._block is None:
-            return self.weight.from_matrix(term.q)
-        out, inputs = term.q.shape
-        blocks = -(-inputs // self._block)
-        padded = np.zeros((out, blocks * self._block), np.int8)
-        padded[:, :inputs] = term.q
-        return padded.reshape(out, blocks, self._block)
+            return self._plain_q(i)
+        q = term.q if term.rows is None else term.q[term.rows]
+        blocks = -(-q.shape[1] // self._block)
+        padded = np.zeros((len(q), blocks * self._block), np.int8)
+        padded[:, : q.shape[1]] = q
+        return padded.reshape(len(q), blocks, self._block)
 
     def _stored_scale(self, term: Term) -> Array:
         scale = np.asarray(term.scale, np.float32)
+        if term.rows is not None:
+            scale = scale[term.rows]
         if self._block is not None:
             return scale[:, :, None]
+        if term.rows is not None:
+            return scale.reshape(-1, *(1 for _ in self._row_shape()))
         return np.broadcast_to(scale, (self.weight.out,)).reshape(self.weight.channel_shape())

@@ -5,9 +5,10 @@ model = load("model.onnx")      # nothing of the file is lost
 save(model, "out.onnx")         # all or nothing
 """
 
-from onnxq.model.boundary import constant, renamed
+from onnxq.model.boundary import constant, refilled, renamed
 from onnxq.model.evaluate import element_type, evaluate
 from onnxq.model.opset import raise_opset
+from onnxq.model.properties import get_properties, set_properties
 from onnxq.model.read import load
 from onnxq.model.types import (
     Model,
@@ -26,14 +27,17 @@ __all__ = [
     "element_type",
     "evaluate",
     "get_metadata",
+    "get_properties",
     "graphs",
     "is_constant",
     "is_initializer",
     "load",
     "raise_opset",
+    "refilled",
     "renamed",
     "save",
     "set_metadata",
+    "set_properties",
     "to_proto",
     "values",
 ]

@@ -156,3 +156,15 @@ def renamed(constant: Any, name: str) -> Any:
     if isinstance(held, Stored):
         held = Stored(held.tensor, held.file, held.offset)
     return gs.Constant(name, held)
+
+
+def refilled(constant: Any, array: Array) -> Any:
+    """A new `gs.Constant` with the name and element type of another one, and other values.
+
+    Raises:
+        ModelError: a value does not fit.
+
+    """
+    held = constant._values
+    data_type = held.tensor.data_type if isinstance(held, Stored) else None
+    return gs.Constant(constant.name, Stored(to_tensor(constant.name, array, data_type)))

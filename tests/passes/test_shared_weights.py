@@ -183,8 +183,8 @@ def test_scales_are_searched_once(monkeypatch):
         calls.append(args[0])
         return original(*args, **kwargs)
 
-    original = module.series_scales
-    monkeypatch.setattr(module, "series_scales", counted)
+    original = module.partial_scales
+    monkeypatch.setattr(module, "partial_scales", counted)
     proto = model(
         """g (float[2,5] x) => (float[2,5] y) {
             [a] h = MatMul (x, w)

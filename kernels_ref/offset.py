@@ -1,0 +1,151 @@
+"""The offset term: W ≈ β·1 + Σ s_i Q_i, with β and the scales free per output channel.
+
+With β there is no need for levels to lie around 0: the integers use all 2**bits values, from
+-2**(bits-1) on, and a channel whose weights lie on one side loses nothing. The terms behind β are
+the digits of one wide integer (digit.py), so that few bits are not spent twice. The search is our
+own: rounding to the nearest level and a least-squares line through the levels, in turns, neither
+of which can make the squared error larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.kernels_ref.checks import FloatArray, check_bits, check_finite, check_float
+from onnxq.kernels_ref.digit import _check_digit_ratio, _split, wide_dtype, wide_half_range
+from onnxq.kernels_ref.moments import Float64Array
+from onnxq.kernels_ref.quantize import safe_scale
+
+# Shares of the rows' range at which the search starts: few levels clip much of it.
+STARTS = (1.0, 0.85, 0.7, 0.55, 0.4)
+TURNS = 8
+# Rows that are searched at once hold so many elements (16 MiB in float64).
+ROW_ELEMENTS = 1 << 21
+# Wider integers than this are finer than float32.
+MAX_SEARCHED_BITS = 24
+
+
+def offset_range(bits: int, terms: int) -> tuple[int, int]:
+    """(lowest, highest) wide integer whose digits all lie in -2**(bits-1) .. 2**(bits-1) - 1.
+
+    Raises ValueError as `wide_half_range`.
+    """
+    return -(1 << (bits * terms - 1)), wide_half_range(bits, terms)
+
+
+def offset_scales(
+    w: FloatArray, *, bits: int, terms: int
+) -> tuple[FloatArray, tuple[FloatArray, ...]]:
+    """(β, scales): β of shape [out], and one array [out] per term, in w's dtype.
+
+    w: float [out, in], finite. The scales are those of a digit series, each 2**bits times the next.
+    A row's squared error is at most that of its digit series without offset; a row of one value
+    is exact. Raises ValueError for another rank or dtype, values that are not finite, bits outside
+    2..8, or more than 24 bits in all.
+    """
+    check_bits(bits)
+    _check_matrix(w)
+    if bits * terms > MAX_SEARCHED_BITS:
+        raise ValueError(
+            f"{terms} terms of {bits} bits; with an offset at most {MAX_SEARCHED_BITS} bits in all"
+        )
+    beta, finest = np.empty(len(w), w.dtype), np.empty(len(w), w.dtype)
+    step = max(1, ROW_ELEMENTS // w.shape[1])
+    for start in range(0, len(w), step):
+        part = slice(start, start + step)
+        beta[part], finest[part] = _search(w[part], bits, terms)
+    scales = tuple(
+        np.asarray(np.ldexp(finest, bits * i)).astype(w.dtype) for i in reversed(range(terms))
+    )
+    return beta, scales
+
+
+def realize_offset(
+    w: FloatArray, beta: FloatArray, scales: Sequence[FloatArray], bits: int
+) -> tuple[npt.NDArray[np.int8], ...]:
+    """The digits of round((w - β) / finest scale), int8 [out, in], most significant first.
+
+    w: float [out, in]; beta and each scale: [out]. Raises ValueError for shapes that do not fit, or
+    scales that are not 2**bits apart.
+    """
+    _check_matrix(w)
+    shapes = {np.shape(beta), *(scale.shape for scale in scales)}
+    if shapes != {(len(w),)}:
+        raise ValueError(f"offset and scales have shapes {sorted(shapes)}; each needs ({len(w)},)")
+    check_finite(beta, "offset")
+    _check_digit_ratio(scales, bits)
+    terms = len(scales)
+    wide = _levels(w, beta, scales[-1], bits, terms).astype(wide_dtype(bits, terms))
+    return tuple(part.astype(np.int8) for part in _split(wide, bits, terms))
+
+
+def _levels(
+    w: FloatArray, beta: FloatArray, finest: FloatArray, bits: int, terms: int
+) -> FloatArray:
+    lowest, highest = offset_range(bits, terms)
+    level = w - beta[:, np.newaxis]
+    level /= finest[:, np.newaxis]
+    np.rint(level, out=level)
+    level.clip(lowest, highest, out=level)
+    return np.asarray(level)
+
+
+def _search(w: FloatArray, bits: int, terms: int) -> tuple[FloatArray, FloatArray]:
+    """The best (β, finest scale) per row that is found from several starts."""
+    constant = w.max(axis=1) == w.min(axis=1)
+    best_beta, best_scale = np.where(constant, w[:, 0], 0).astype(w.dtype), np.ones(len(w), w.dtype)
+    best: Float64Array = np.full(len(w), np.inf)
+    best[constant] = 0
+    tiny = np.finfo(w.dtype).tiny
+    for start in _starts(w, bits, terms):
+        beta, scale = start
+        for turn in range(TURNS):
+            # As they will be stored: the error is judged on the very numbers.
+            rounded, step = beta.astype(w.dtype), np.maximum(scale.astype(w.dtype), tiny)
+            level = _levels(w, rounded, step, bits, terms)
+            rest = (w - rounded[:, np.newaxis] - level * step[:, np.newaxis]).astype(np.float64)
+            error = np.einsum("ij,ij->i", rest, rest)
+            better = error < best
+            best = np.where(better, error, best)
+            best_beta = np.where(better, rounded, best_beta)
+            best_scale = np.where(better, step, best_scale)
+            if turn + 1 < TURNS:
+                beta, scale = _line(w, level, beta, scale)
+    return best_beta, best_scale
+
+
+def _starts(w: FloatArray, bits: int, terms: int) -> Iterator[tuple[Float64Array, Float64Array]]:
+    """Lines to begin with: no offset, then shares of the range about its middle and the mean."""
+    lowest, highest = offset_range(bits, terms)
+    low, high = w.min(axis=1).astype(np.float64), w.max(axis=1).astype(np.float64)
+    plain = safe_scale(np.maximum(-w.min(axis=1), w.max(axis=1)), wide_half_range(bits, terms))
+    yield np.zeros(len(w)), plain.astype(np.float64)
+    # Beyond 8 bits a clip never pays.
+    for share in STARTS if bits * terms <= 4 else STARTS[:2]:
+        for middle in ((low + high) / 2, w.mean(axis=1, dtype=np.float64)):
+            scale = np.where(high > low, share * (high - low) / (highest - lowest), 1.0)
+            yield middle - scale * (lowest + highest) / 2, scale
+
+
+def _line(
+    w: FloatArray, level: FloatArray, beta: Float64Array, scale: Float64Array
+) -> tuple[Float64Array, Float64Array]:
+    """The least-squares line w ≈ β + s·level of each row; the old one where there is none."""
+    x, y = level.astype(np.float64), w.astype(np.float64)
+    mean_x, mean_y = x.mean(axis=1), y.mean(axis=1)
+    x -= mean_x[:, np.newaxis]
+    spread = np.einsum("ij,ij->i", x, x)
+    slope = np.einsum("ij,ij->i", x, y) / np.where(spread > 0, spread, 1)
+    usable = slope > 0
+    slope = np.where(usable, slope, scale)
+    return np.where(usable, mean_y - slope * mean_x, beta), slope
+
+
+def _check_matrix(w: FloatArray) -> None:
+    check_float(w, "w")
+    if w.ndim != 2:
+        raise ValueError(f"w has shape {w.shape}; give [out, in]")
+    check_finite(np.array([w.min(), w.max()]), "w")

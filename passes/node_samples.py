@@ -1,0 +1,141 @@
+"""What planning sees of one node: its inputs, float and quantized, and the outputs they give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.kernels_ref import InputMoments, Series
+from onnxq.passes.node_rows import NodeRows
+
+Array = npt.NDArray[Any]
+
+HELD_OUT_EVERY = 4
+# Rows that the moments are summed over, in all; more of the same images tell nothing new.
+ROWS_PER_INPUT, FEWEST_ROWS, MOST_ROWS = 64, 4096, 65536
+# Rows that outputs are computed of, to judge and to fit the affine.
+JUDGED_ROWS = 4096
+# Elements of one array of rows.
+MOST_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """What is planned for one node: a series [out, in], and float64 [out] added to its output."""
+
+    series: Series
+    bias: Array
+
+    @property
+    def scales(self) -> tuple[Array, ...]:
+        """Float32, one array per term."""
+        return tuple(np.asarray(term.scale) for term in self.series.terms)
+
+    @property
+    def integers(self) -> tuple[Array, ...]:
+        """int8 [out, in], one array per term."""
+        return tuple(np.asarray(term.q) for term in self.series.terms)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Rows of the quantized prefix, [groups, n, inputs], and the outputs wanted there, [n, out]."""
+
+    x_hat: Array
+    wanted: Array
+
+    def outputs(self, numbers: Numbers) -> Array:
+        """What the node makes of the rows, float32 [n, out], without its own bias."""
+        return products(numbers.series.dequantize(), self.x_hat) + numbers.bias.astype(np.float32)
+
+    def error(self, numbers: Numbers) -> float:
+        """Mean absolute error of the output."""
+        return self.off(numbers.series.dequantize(), numbers.bias)
+
+    def off(self, matrix: Array, bias: Array) -> float:
+        """Mean absolute error of the output of a matrix [out, in] and a bias [out]."""
+        found = products(matrix, self.x_hat) + bias.astype(np.float32)
+        return float(np.abs(found - self.wanted).mean())
+
+
+def products(matrix: Array, rows: Array) -> Array:
+    """[n, out] of a matrix [out, in] and rows [groups, n, in]."""
+    split = matrix.astype(np.float32, copy=False).reshape(len(rows), -1, matrix.shape[1])
+    found = np.matmul(rows, split.transpose(0, 2, 1))
+    return np.ascontiguousarray(found.transpose(1, 0, 2)).reshape(rows.shape[1], -1)
+
+
+class NodeSamples:
+    """The inputs of one node over all samples, float and as the quantized prefix gives them.
+
+    Every fourth sample is held out to judge what was fitted on the others; then it is taken in too.
+
+    Args:
+        rows: how the node reads its input.
+        exact, quantized: the input per sample, in both variants; the same objects where nothing
+            quantized lies before the node.
+        seed: of the positions that are drawn.
+
+    Attributes:
+        moments: of the samples that are not held out, or of all.
+        fit, held: some rows of either part; the same where there are too few samples to hold out.
+
+    Raises ValueError where the inputs do not fit the weight, or are not finite.
+    """
+
+    def __init__(
+        self, rows: NodeRows, exact: Sequence[Array], quantized: Sequence[Array], seed: int
+    ) -> None:
+        self.rows, self._exact, self._quantized, self._seed = rows, exact, quantized, seed
+        self.matrix = rows.weight.matrix()
+        self.moments = InputMoments(rows.groups, rows.inputs)
+        count = len(exact)
+        self._held = range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)
+        self.fit = self._take([i for i in range(count) if i not in self._held], add=True)
+        self.held = self._take(self._held, add=False) if self._held else self.fit
+
+    @property
+    def judges(self) -> bool:
+        """Whether there are samples that the fit has not seen."""
+        return self.held is not self.fit
+
+    @property
+    def exact_prefix(self) -> bool:
+        """Whether nothing quantized lies before the node."""
+        return all(x is y for x, y in zip(self._exact, self._quantized, strict=True))
+
+    def take_in_held_out(self) -> None:
+        """Add the held-out samples to the moments."""
+        if self._held:
+            self._take(self._held, add=True)
+            self._held = range(0)
+
+    def _take(self, samples: Sequence[int], *, add: bool) -> Judged:
+        wanted = min(max(ROWS_PER_INPUT * self.rows.inputs, FEWEST_ROWS), MOST_ROWS)
+        limit, judged = self._per_sample(wanted), self._per_sample(JUDGED_ROWS)
+        kept, kept_hat = [], []
+        for i in samples:
+            x = self._read(self._exact[i], limit, i)
+            same = self._quantized[i] is self._exact[i]
+            x_hat = x if same else self._read(self._quantized[i], limit, i)
+            if not (np.isfinite(x).all() and np.isfinite(x_hat).all()):
+                raise ValueError("its inputs are not finite")
+            if add:
+                self.moments.add(x_hat, x)
+            some = np.linspace(0, x.shape[1] - 1, min(judged, x.shape[1])).astype(int)
+            kept.append(x[:, some])
+            kept_hat.append(kept[-1] if same else x_hat[:, some])
+        x = np.concatenate(kept, axis=1)
+        return Judged(np.concatenate(kept_hat, axis=1), products(self.matrix, x))
+
+    def _per_sample(self, rows: int) -> int:
+        """How many of so many rows in all come from one sample, of what memory allows."""
+        most = MOST_ELEMENTS // (self.rows.groups * self.rows.inputs)
+        return max(1, min(rows, most) // len(self._exact))
+
+    def _read(self, x: Array, limit: int, sample: int) -> Array:
+        return self.rows.read(x, limit, np.random.default_rng((self._seed, sample)))

@@ -1,0 +1,251 @@
+"""The integers and scales of weights, read back from a model that holds them as terms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from onnxq.errors import ModelError
+from onnxq.kernels_ref import Series, restore
+from onnxq.model import Model, get_metadata, graphs, is_constant, refilled, values
+from onnxq.passes.edit import consumers
+from onnxq.passes.nibbles import pack_nibbles
+from onnxq.passes.stored_terms import PACKED_BITS, stored_bits
+from onnxq.passes.term_sums import NODE, TERM
+from onnxq.passes.weights import RECURRENT, Weight
+from onnxq.plan import NodePlan
+
+Array = npt.NDArray[Any]
+
+# As stored_terms.py names them; a number follows where the name was taken.
+_STORED = re.compile(r".*/term(\d+)/(q|scale)(_\d+)?")
+# The input that holds a weight of a recurrent node, by the end of the name in the plan.
+_SLOTS = {"W": (1,), "R": (2,)}
+
+
+class _Constant(NamedTuple):
+    """A stored constant, and what the nodes that read it say of its form."""
+
+    tensor: Any
+    shifted: bool  # nibbles: 8 is subtracted, so that they are signed
+    block: int | None  # of a DequantizeLinear with blocks
+
+
+@dataclass(eq=False)
+class TermReader:
+    """Reads the terms of expanded nodes.
+
+    Args:
+        model: as `onnxq quantize`, `truncate` or `extend` wrote it; it is only read.
+    """
+
+    model: Model
+    basis: dict[str, list[gs.Node]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for _, graph in graphs(self.model):
+            for node in graph.nodes:
+                metadata = get_metadata(node)
+                if TERM in metadata and NODE in metadata:
+                    # a recurrent node holds two weights, and says so of one of them
+                    name = node.name if node.op in RECURRENT else metadata[NODE]
+                    self.basis.setdefault(name, []).append(node)
+
+    def series(self, entry: NodePlan, weight: Weight) -> Series:
+        """The series of one weight, terms as matrices int8 [out, in], scales float32.
+
+        Args:
+            entry: what the model says was done to the node.
+            weight: the float weight; only its shape is looked at.
+
+        Raises:
+            ModelError: a term is not there, or not in the form that the plan says.
+        """
+        found = self._constants(entry, (weight.slot,))
+        integers, scales = [], []
+        for i in range(entry.terms):
+            q = found.get((i, "q"))
+            scale = _scale(entry, weight, i, found)
+            if q is None or scale is None:
+                raise _changed(entry, f"term {i} is not there")
+            integers.append(_integers(entry, weight, q))
+            scales.append(scale)
+        try:
+            return restore(
+                entry.series,
+                integers,
+                scales,
+                shape=(weight.out, weight.size // weight.out),
+                bits=entry.bits,
+                granularity=entry.matrix_granularity(),
+            )
+        except ValueError as error:
+            raise _changed(entry, str(error)) from None
+
+    def integers(self, entry: NodePlan) -> list[StoredIntegers]:
+        """The stored integers of one weight's terms, in the order in which they are stored.
+
+        Raises:
+            ModelError: a term is not there.
+        """
+        found = self._constants(entry, _slots(entry))
+        missing = [i for i in range(entry.terms) if (i, "q") not in found]
+        if missing:
+            raise _changed(entry, f"term {missing[0]} is not there")
+        return [StoredIntegers(entry, found[i, "q"]) for i in range(entry.terms)]
+
+    def _constants(
+        self, entry: NodePlan, slots: tuple[int, ...]
+    ) -> dict[tuple[int, str], _Constant]:
+        """By term and kind; of the first of these inputs that are computed from constants."""
+        recurrent = entry.op_type in RECURRENT
+        name = entry.name.rpartition("/")[0] if recurrent else entry.name
+        found: dict[tuple[int, str], _Constant] = {}
+        for node in self.basis.get(name, []):
+            behind = (_before(node.inputs[slot]) for slot in slots if slot < len(node.inputs))
+            for constant in (*next(filter(None, behind), ()), *_rescaling(node)):
+                match = _STORED.fullmatch(constant.tensor.name)
+                if match:
+                    found[int(match[1]), match[2]] = constant
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class StoredIntegers:
+    """The integers of a term as they lie in the file."""
+
+    entry: NodePlan
+    constant: _Constant
+
+    @property
+    def tensor(self) -> Any:
+        """The constant that holds them."""
+        return self.constant.tensor
+
+    @property
+    def _offset(self) -> int:
+        """What is added to them where they are stored unsigned."""
+        if self._packed:
+            return 8 if self.constant.shifted else 1 << (self.entry.bits - 1)
+        unsigned = values(self.tensor).dtype == np.uint8
+        return 1 << (self.entry.bits - 1) if unsigned else 0
+
+    @property
+    def _packed(self) -> bool:
+        """Whether two of them are in a byte."""
+        four = stored_bits(self.entry.bits) == PACKED_BITS and self.entry.packing == "uint8"
+        return four and self.entry.form == "folded"
+
+    def read(self) -> Array:
+        """The integers, int8, of any shape; nibbles flat, with one too many where they are odd."""
+        array = values(self.tensor)
+        if self._packed:
+            low, high = np.bitwise_and(array, 15), np.right_shift(array, 4)
+            array = np.concatenate([low, high])
+        return (array.astype(np.int16) - self._offset).astype(np.int8)
+
+    def write(self, integers: Array) -> Any:
+        """A constant of the same name and form that holds others."""
+        array = integers.astype(np.int16) + self._offset
+        if self._packed:
+            array = pack_nibbles(np.clip(array, 0, 15))
+        return refilled(self.tensor, array)
+
+
+def _slots(entry: NodePlan) -> tuple[int, ...]:
+    """The inputs that may hold the weight, by operator."""
+    if entry.op_type in RECURRENT:
+        return _SLOTS[entry.name.rpartition("/")[2]]
+    return (0,) if entry.op_type == "Gather" else (1, 0)
+
+
+def _before(tensor: Any) -> list[_Constant]:
+    """The constants from which a tensor is computed; none if anything else has a part in it."""
+    waiting, seen, constants, nodes = [tensor], set(), [], []
+    while waiting:
+        now = waiting.pop()
+        if is_constant(now):
+            constants.append(now)
+        elif not now.inputs or NODE in get_metadata(now.inputs[0]):
+            return []
+        for node in now.inputs:
+            if id(node) not in seen:
+                seen.add(id(node))
+                nodes.append(node)
+                waiting += node.inputs
+    shifted = any(node.op == "Sub" for node in nodes)
+    blocks = [node.attrs["block_size"] for node in nodes if "block_size" in node.attrs]
+    return [_Constant(c, shifted, int(blocks[0]) if blocks else None) for c in constants]
+
+
+def _rescaling(node: gs.Node) -> Iterator[_Constant]:
+    """The constants by which the integer output of a basis node is multiplied."""
+    if not node.op.endswith("Integer"):
+        return
+    waiting = [node.outputs[0]]
+    while waiting:
+        tensor = waiting.pop()
+        for reader in consumers(tensor):
+            if NODE in get_metadata(reader):
+                continue
+            waiting += reader.outputs if reader.op == "Cast" else []
+            for other in reader.inputs:
+                if other is not tensor and other.inputs and other.inputs[0].op == "Mul":
+                    factors = other.inputs[0].inputs
+                    yield from (_Constant(t, False, None) for t in factors if is_constant(t))
+
+
+def _integers(entry: NodePlan, weight: Weight, stored: _Constant) -> Array:
+    """The stored integers of one term as a matrix [out, in]; undoes what stored_terms.py does."""
+    inputs = weight.size // weight.out
+    block = None if entry.form == "nbits" or not entry.block_size else min(entry.block_size, inputs)
+    padded = inputs if block is None else -(-inputs // block) * block
+    count = weight.out * padded
+    q = StoredIntegers(entry, stored).read().reshape(-1)
+    if q.size not in (count, count + 1):
+        raise _changed(entry, f"{stored.tensor.name!r} has {q.size} integers")
+    q = q[:count]
+    if block is not None:
+        return np.ascontiguousarray(q.reshape(weight.out, padded)[:, :inputs])
+    turned = q.reshape(weight.split).transpose(weight.order)
+    return np.ascontiguousarray(turned.reshape(weight.out, inputs))
+
+
+def _scale(
+    entry: NodePlan, weight: Weight, i: int, found: dict[tuple[int, str], _Constant]
+) -> Array | None:
+    """The scale of term i; digits that are merged as integers store one scale for all."""
+    stored = found.get((i, "scale"))
+    if stored is not None:
+        return _shaped(entry, weight, stored)
+    others = sorted(term for term, what in found if what == "scale")
+    if entry.series != "digit" or not others:
+        return None
+    other = _shaped(entry, weight, found[others[-1], "scale"])
+    return np.ldexp(other, entry.bits * (others[-1] - i))
+
+
+def _shaped(entry: NodePlan, weight: Weight, stored: _Constant) -> Array:
+    """A stored scale in the shape of the plan: (), [out] or [out, blocks]."""
+    scale = values(stored.tensor)
+    if stored.block is not None:  # [blocks of the kernel, out]
+        scale = scale.T
+        if entry.block_size is not None and scale.shape[1] > 1:
+            scale = scale[:, :: entry.block_size // stored.block]
+    if entry.granularity == "per_block":
+        return np.ascontiguousarray(scale.reshape(weight.out, -1))
+    per_channel = np.ascontiguousarray(scale.reshape(weight.out, -1)[:, 0])
+    return per_channel[0] if entry.granularity == "per_tensor" else per_channel
+
+
+def _changed(entry: NodePlan, what: str) -> ModelError:
+    return ModelError(
+        f"node {entry.name!r} is not as the plan in the file says ({what}): the file was changed "
+        "since onnxq wrote it; quantize the float model again"
+    )
