@@ -37,6 +37,7 @@ from onnxq.session import open_session, run
 CALIBRATION = 32
 ROOT = Path(__file__).parents[1]
 Arrays = dict[str, np.ndarray]
+EFFORT: list[str] = []  # of calibration, where the command says
 Make = Callable[[Path, Path, Arrays], object]
 
 
@@ -57,7 +58,11 @@ def _static(source: Path, target: Path, arrays: Arrays, **options: Any) -> None:
     quantize_static(source, target, _Reader(arrays), **options)
 
 
-def _ours(source: Path, target: Path, arrays: Arrays, *, data: bool = False, **options: Any) -> None:
+def _ours(
+    source: Path, target: Path, arrays: Arrays, *, data: bool = False, **options: Any
+) -> None:
+    if data and EFFORT:
+        options["effort"] = EFFORT[0]
     onnxq.quantize(source, target, calibration=arrays if data else None, **options)
 
 
@@ -76,9 +81,7 @@ PEERS: dict[str, Make] = {
     "onnxq dynamic, 2 × 4 bits": _ours,
     "onnxq dynamic, 2 × 4 bits merged": partial(_ours, layout="merged"),
     "onnxq dynamic, 1 × 7 bits": partial(_ours, weight_bits=7, terms=1),
-    "onnxq static, 8 bits": partial(
-        _ours, data=True, activations="static", weight_bits=8, terms=1
-    ),
+    "onnxq static, 8 bits": partial(_ours, data=True, activations="static", weight_bits=8, terms=1),
     "onnxq static, 4-bit file": partial(
         _ours, data=True, activations="static", weight_bits=4, terms=1
     ),
@@ -96,7 +99,7 @@ def _sources(folder: Path, only: str) -> Iterator[tuple[str, Path, Arrays]]:
     if only in "resnet50_shape":
         path = folder / "resnet50_shape.onnx"
         onnx.save(build_resnet50(), path)
-        images = sample_images(CALIBRATION + 8)
+        images = sample_images(CALIBRATION + 8, 224)
         name = onnx.load(path).graph.input[0].name
         yield "resnet50_shape", path, {name: images}
     if only in "digits_repvgg":
@@ -115,7 +118,9 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of onnxruntime.")] = 1,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 20,
     peers: Annotated[str, typer.Option(help="Part of a form's name.")] = "",
+    effort: Annotated[str, typer.Option(help="Of calibration: fast, normal or high.")] = "normal",
 ) -> None:
+    EFFORT.append(effort)
     logging.disable(logging.WARNING)
     os.environ.setdefault("ORT_LOGGING_LEVEL", "3")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,16 +1,37 @@
-"""Writes docs/passes.md from the docstrings of the passes: python docs/generate.py"""
+"""Writes the pages that repeat what the code says: python docs/generate.py
+
+passes.md  from the docstrings of the passes
+forms.md   from the table of forms (passes/forms.py)
+"""
 
 from __future__ import annotations
 
 import inspect
 from pathlib import Path
 
-from onnxq.passes import PIPELINE, Expand, SearchScales, SelectNodes
+from onnxq import passes
+from onnxq.passes import PIPELINE
+from onnxq.passes.forms import FORMS
 
-TARGET = Path(__file__).with_name("passes.md")
+FOLDER = Path(__file__).parent
+ON_DEMAND = (passes.Equalize, passes.SplitHardSwish)
+PLANNING = (
+    passes.SelectNodes,
+    passes.SearchScales,
+    passes.SelectTensors,
+    passes.SearchRanges,
+    passes.FitPairs,
+    passes.FitBias,
+)
+EXPANSION = (passes.Expand, passes.InsertQDQ)
 
 
-def render() -> str:
+def pages() -> dict[str, str]:
+    """The text of each generated page, by file name."""
+    return {"passes.md": render_passes(), "forms.md": render_forms()}
+
+
+def render_passes() -> str:
     """The text of docs/passes.md."""
     parts = [
         "# Passes",
@@ -22,10 +43,46 @@ def render() -> str:
     ]
     for pass_ in PIPELINE:
         parts += _section(type(pass_))
-    parts += ["## Planning and expansion", ""]
-    for kind in (SelectNodes, SearchScales, Expand):
-        parts += _section(kind)
+    for title, kinds in (
+        ("Exact rewrites on demand", ON_DEMAND),
+        ("Planning: the graph is only read", PLANNING),
+        ("Expansion", EXPANSION),
+    ):
+        parts += [f"## {title}", ""]
+        for kind in kinds:
+            parts += _section(kind)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def render_forms() -> str:
+    """The text of docs/forms.md."""
+    parts = [
+        "# Forms",
+        "",
+        "Which nodes are written for which operator, bits and CPU, the kernel of onnxruntime that",
+        "they reach, and why. Generated from `passes/forms.py` by `python docs/generate.py`; a test",
+        "builds each form and looks for its kernel in the graph that onnxruntime makes of it.",
+        "`onnxq doctor` says which target this machine is. Bits are those of one integer product:",
+        "merged terms count together.",
+        "",
+        "| operator | activations | bits | layout | target | activation·weight | nodes | kernel | why |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for form in FORMS:
+        low, high = form.bits
+        cells = (
+            form.op,
+            form.compute,
+            str(low) if low == high else f"{low}–{high}",
+            ", ".join(form.layouts),
+            ", ".join(form.targets),
+            "float" if form.pair is None else str(form.pair),
+            form.nodes,
+            ", ".join(form.kernels),
+            f"{form.reason}; {form.fact}",
+        )
+        parts.append("| " + " | ".join(cell.replace("|", "∣") for cell in cells) + " |")
+    return "\n".join(parts) + "\n"
 
 
 def _section(kind: type) -> list[str]:
@@ -35,5 +92,6 @@ def _section(kind: type) -> list[str]:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(render(), encoding="utf-8")
-    print(f"wrote {TARGET}")
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+        print(f"wrote {FOLDER / name}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from onnxq.calibrate_weights import calibrate_weights
 from onnxq.calibration import Calibration
 from onnxq.model import Model
@@ -57,4 +59,4 @@ class Calibrated:
         for entry, (_, weight) in match_plan(model, plan):
             if needs_pairs(entry):
                 series = node_series(weight, entry, plan)
-                plan.integers[entry.name] = tuple(term.q for term in series.terms)
+                plan.integers[entry.name] = tuple(term.q.astype(np.int8) for term in series.terms)

@@ -168,7 +168,7 @@ def _check(where: str, array: Array, spec: InputSpec) -> Array:
                 f"{list(spec.shape)}: dimension {axis} differs"
             )
     if array.dtype.kind in "iu" and np.issubdtype(spec.dtype, np.integer) and array.size:
-        limits = np.iinfo(spec.dtype)
+        limits = np.iinfo(np.dtype(spec.dtype))
         if int(array.min()) < limits.min or int(array.max()) > limits.max:
             raise ConfigError(
                 f"{where}: array {spec.name!r} holds values outside {np.dtype(spec.dtype).name}, "

@@ -58,7 +58,7 @@ class _Pair:
     second: gs.Node
 
     def equalize(self, names: Names, fresh: set[int]) -> bool:
-        w1, w2 = values(self.first.inputs[1]), values(self.second.inputs[1])
+        w1, w2 = _floats(self.first, 1), _floats(self.second, 1)
         out_axis = 0 if self.first.op == "Conv" else 1
         rows = _absmax(w1, out_axis)
         columns, shape = _input_ranges(self.second, w2)
@@ -71,7 +71,7 @@ class _Pair:
         _replace(self.first, 1, w1 / s.reshape(along), names, fresh)
         if self.bias is not None:
             node, slot = self.bias
-            _replace(node, slot, values(node.inputs[slot]) / s, names, fresh)
+            _replace(node, slot, _floats(node, slot) / s, names, fresh)
         groups = int(self.second.attrs.get("group", 1)) if self.second.op == "Conv" else 1
         if self.second.op == "Conv":
             split = w2.reshape(groups, -1, *w2.shape[1:])
@@ -134,6 +134,10 @@ def _second(
     if node.op == "MatMul" and len(weight.shape) != 2:
         return "followed by a batched weight"
     return _Pair(first, bias, node)
+
+
+def _floats(node: gs.Node, slot: int) -> npt.NDArray[np.float32]:
+    return np.asarray(values(node.inputs[slot]), np.float32)
 
 
 def _absmax(w: Array, axis: int) -> Array:

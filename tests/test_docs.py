@@ -11,21 +11,33 @@ from onnxq import passes
 ROOT = Path(__file__).parents[1]
 
 
-def generated() -> str:
+def generator():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.render()
+    return module
 
 
-def test_passes_page_is_generated_from_the_docstrings():
-    page = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
-    assert page == generated(), "run `python docs/generate.py`"
+GENERATOR = generator()
 
 
-@pytest.mark.parametrize("pass_", passes.PIPELINE, ids=lambda p: type(p).__name__)
-def test_every_pass_states_given_and_result(pass_):
-    doc = type(pass_).__doc__
+@pytest.mark.parametrize("name", ["passes.md", "forms.md"])
+def test_generated_pages_are_up_to_date(name):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert page == GENERATOR.pages()[name], "run `python docs/generate.py`"
+
+
+KINDS = [
+    *(type(pass_) for pass_ in passes.PIPELINE),
+    *GENERATOR.ON_DEMAND,
+    *GENERATOR.PLANNING,
+    *GENERATOR.EXPANSION,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_pass_states_given_and_result(kind):
+    doc = kind.__doc__
     assert "Given:" in doc
     assert "Result:" in doc
 
