@@ -72,7 +72,7 @@ def render_forms() -> str:
         low, high = form.bits
         cells = (
             form.op,
-            form.compute,
+            form.activations,
             str(low) if low == high else f"{low}–{high}",
             ", ".join(form.layouts),
             ", ".join(form.targets),
