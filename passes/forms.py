@@ -88,6 +88,9 @@ _MERGED: tuple[Layout, ...] = ("merged",)
 
 _SATURATES = "uint8·int8 kernels of x86 without VNNI add two products in 16 bits (issue 6004)"
 _NO_FAST_PAIR = "the faster pair would saturate: 8-bit weights times 255, two of them in 16 bits"
+_UNLESS_FITTED = (
+    f"{_NO_FAST_PAIR}; one term whose scales FitPairs has widened cannot, and runs as uint8·int8"
+)
 _ARM_CONV = (
     "ConvInteger multiplies weight by activation: with unlike types one operand is flipped at "
     "every run, and int8 weights with uint8 activations have no fast kernel (pull requests 9902, "
@@ -172,7 +175,7 @@ _STATIC = (
     ),
     Form(
         "Conv", "static", _FULL, _MERGED, ("cpu-avx2",), _U8U8, _QDQ_CONV, ("QLinearConv",),
-        _NO_FAST_PAIR, _SATURATES,
+        _UNLESS_FITTED, _SATURATES,
     ),
     Form(
         "Conv", "static", _ANY, _MERGED, ("cpu-arm",), _S8S8, _QDQ_CONV, ("QLinearConv",),
@@ -200,7 +203,7 @@ _STATIC = (
     ),
     Form(
         "MatMul", "static", _FULL, _MERGED, ("cpu-avx2",), _U8U8, _QDQ_MATMUL, ("QLinearMatMul",),
-        _NO_FAST_PAIR, _SATURATES,
+        _UNLESS_FITTED, _SATURATES,
     ),
     Form(
         "MatMul", "static", _ANY, _MERGED, ("cpu-arm",), _S8S8, _QDQ_MATMUL, ("QLinearMatMul",),
