@@ -3,6 +3,7 @@
 from onnxq.kernels_ref.affine_fit import fit_affine, keep_if_better
 from onnxq.kernels_ref.centre import split_centre
 from onnxq.kernels_ref.clip_search import CLIP_RATIOS, ClipMeasure, OutputSamples, search_clip
+from onnxq.kernels_ref.descent import descend
 from onnxq.kernels_ref.digit import merge_digits
 from onnxq.kernels_ref.equalize import equalization_scales
 from onnxq.kernels_ref.error_sums import ErrorSums
@@ -70,6 +71,7 @@ __all__ = [
     "conv_integer",
     "conv_patches",
     "cosine",
+    "descend",
     "dequantize",
     "equalization_scales",
     "expand",

@@ -13,12 +13,18 @@ FIRST_RAISE, LARGEST_DAMPING = 1e-6, 1e12
 
 
 def least_squares_target(
-    w: FloatArray, hessian: FloatArray, cross: FloatArray, damping: float = 0.01
+    w: FloatArray,
+    hessian: FloatArray,
+    cross: FloatArray,
+    damping: float = 0.01,
+    *,
+    extra: FloatArray | None = None,
 ) -> Float64Array:
     """The weights that reproduce W x from x̂ best: argmin Σ ‖W x - W' x̂‖² + λ ‖W' - W‖².
 
     w: [out, in]; hessian Σ x̂ x̂ᵀ and cross Σ x x̂ᵀ: [in, in], or [groups, in, in] with w's rows
     group after group; λ = damping * mean(diag(hessian)). Where the samples say nothing, w stays.
+    extra: Σ d x̂ᵀ, [out, in], if W x + d is to be reproduced.
     Returns float64 [out, in]; w itself for a group whose moments are not finite.
     Raises ValueError for shapes that do not fit or a negative damping.
     """
@@ -26,10 +32,14 @@ def least_squares_target(
     difference = batched(cross, w, "cross") - h
     check_damping(damping)
     target = w.astype(np.float64).reshape(len(h), -1, w.shape[1])
+    more = np.zeros(w.shape) if extra is None else extra
+    if more.shape != w.shape:
+        raise ValueError(f"extra has shape {more.shape} and the weight {w.shape}; give one shape")
+    more = more.astype(np.float64).reshape(target.shape)
     for group, one in enumerate(h):
         if not (np.isfinite(one).all() and np.isfinite(difference[group]).all()):
             continue
-        wanted = difference[group].T @ target[group].T
+        wanted = difference[group].T @ target[group].T + more[group].T
         change = _solve(one, wanted, damping)
         if change is not None and np.isfinite(change).all():
             target[group] += change.T

@@ -74,7 +74,7 @@ def range_left(rmin: FloatArray, rmax: FloatArray, columns: IntArray) -> float:
 
 
 def choose_columns(
-    rmin: FloatArray, rmax: FloatArray, *, most: int = 16, worth: float = WORTH
+    rmin: FloatArray, rmax: FloatArray, *, most: int = 8, worth: float = WORTH
 ) -> IntArray:
     """The columns to take out of a tensor with these ranges per column [K]; none where it pays not.
 

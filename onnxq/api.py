@@ -11,6 +11,7 @@ from typing import Any
 import numpy.typing as npt
 import onnx
 
+from onnxq.budgeted import Budgeted
 from onnxq.calibrated import Calibrated
 from onnxq.calibration import Calibration, CalibrationSource, open_calibration
 from onnxq.embedded_plan import embed_plan
@@ -116,14 +117,19 @@ def quantize(
     opset_before = source.opset
     check = Validation(reference_of(model), data, input_shapes or {})
     samples = _samples(calibration, images, check, chosen, given)
-    planner = None if samples is None else Calibrated(chosen, samples, progress or _silent)
+    tell = progress or _silent
+    choose = None if chosen.uniform else Budgeted(chosen, samples, size_of(model), tell)
+    if choose is not None:
+        choose.goal()  # refused before the work
+    calibrate = samples and chosen.uniform and Calibrated(chosen, samples, tell)
     rewritten = rewrite(
         source,
-        chosen.select(),
+        chosen.select(calibrated=samples is not None),
         given,
-        progress or _silent,
+        tell,
         equalize=chosen.equalize,
-        calibrate=planner,
+        choose=choose,
+        calibrate=calibrate or None,
     )
 
     embed_plan(rewritten.model, rewritten.plan, equalized="Equalize" in rewritten.passes)

@@ -19,6 +19,7 @@ from onnxq.feeds import Feed
 from onnxq.frontier import Frontier, Replacement, Segment, cut, live_bytes
 from onnxq.kernels_ref import ClipMeasure, Series
 from onnxq.model import Model, to_proto
+from onnxq.passes.added_tensor import added_tensor
 from onnxq.passes.calibrated_node import (
     Affine,
     NodeSettings,
@@ -57,6 +58,7 @@ class _Site:
     entry: NodePlan
     weight: Weight
     rows: NodeRows
+    added: str | None
 
     @property
     def shared_key(self) -> tuple[object, ...]:
@@ -74,6 +76,7 @@ def calibrate_weights(
     rounding: Rounding = "second_order",
     affine: Affine = "none",
     bias_correction: bool = True,
+    sums: bool = True,
     budget_bytes: int = BUDGET_BYTES,
     seed: int = 0,
     threads: int | None = None,
@@ -106,7 +109,7 @@ def calibrate_weights(
     copies = {key: dict(getattr(plan, key)) for key in ("scales", "integers", "bias")}
     made = SearchScales()(model, plan.model_copy(update=copies))
     settings = NodeSettings(measure, rounding, affine, bias_correction)
-    walk = _Walk(made, settings, seed, progress or _silent)
+    walk = _Walk(model, made, settings, sums, seed, progress or _silent)
     for entry, (candidate, weight) in match_plan(model, made):
         walk.add(entry, candidate, weight, budget_bytes * _MOMENTS_SHARE)
     proto = _in_memory(model)
@@ -135,8 +138,10 @@ class _Walk:
         left: why the others are not calibrated.
     """
 
+    model: Model
     plan: Plan
     settings: NodeSettings
+    sums: bool
     seed: int
     progress: Progress
     sites: dict[str, _Site] = field(default_factory=dict)
@@ -149,7 +154,8 @@ class _Walk:
         rows = NodeRows.of(candidate.node, weight)
         reason = _why_not(entry, candidate, rows, most)
         if isinstance(rows, NodeRows) and reason is None:
-            self.sites[entry.name] = _Site(entry, weight, rows)
+            added = added_tensor(self.model, candidate.node) if self.sums else None
+            self.sites[entry.name] = _Site(entry, weight, rows, added)
             return
         if reason is not None and entry.name not in self.plan.integers:
             self.left[entry.name] = reason
@@ -203,7 +209,8 @@ class _Walk:
     def _samples(self, frontier: Frontier, site: _Site, index: int) -> NodeSamples | None:
         exact, quantized = frontier.inputs(site.entry.name, site.rows.slot)
         try:
-            return NodeSamples(site.rows, exact, quantized, self.seed + index)
+            added = None if site.added is None else frontier.known(site.added)
+            return NodeSamples(site.rows, exact, quantized, self.seed + index, added)
         except ValueError as error:
             self.left[site.entry.name] = str(error)
             return None

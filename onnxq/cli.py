@@ -19,6 +19,7 @@ from onnxq.errors import ConfigError, OnnxqError
 from onnxq.feeds import parse_shape
 from onnxq.files import check_target, write_whole
 from onnxq.folding import fold as run_fold
+from onnxq.goal import Infeasible
 from onnxq.images import ImageOptions
 from onnxq.inspection import inspect as run_inspect
 from onnxq.options import Options
@@ -40,6 +41,7 @@ from onnxq.show import (
 )
 
 EXIT_BAD_INPUT = 2
+EXIT_INFEASIBLE = 3
 EXIT_INTERRUPTED = 130
 _PAGES = (".html", ".htm")
 
@@ -86,14 +88,19 @@ def quantize(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The float model.")],
     target_file: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write.")],
-    weight_bits: Annotated[int, _option("weight_bits")] = 4,
-    terms: Annotated[int, _option("terms")] = 2,
+    weight_bits: Annotated[int | None, _option("weight_bits")] = None,
+    terms: Annotated[int | None, _option("terms")] = None,
+    tolerance: Annotated[str | None, _option("tolerance", metavar="MEASURE=NUMBER")] = None,
+    max_size: Annotated[str | None, _option("max_size", metavar="SIZE")] = None,
+    minimize: Annotated[Literal["size", "error"] | None, _option("minimize")] = None,
+    best_effort: Annotated[bool, _option("best_effort", "--best-effort")] = False,
     activations: Annotated[
         Literal["none", "dynamic", "static"], _option("activations")
     ] = "dynamic",
     layout: Annotated[Literal["auto", "parallel", "merged"], _option("layout")] = "auto",
     series: Annotated[Literal["auto", "fixed_ratio", "digit", "joint"], _option("series")] = "auto",
     block_size: Annotated[int | None, _option("block_size")] = None,
+    offset: Annotated[Literal["auto", "on", "off"], _option("offset")] = "auto",
     matmul: Annotated[Literal["auto", "folded", "nbits"], _option("matmul")] = "auto",
     activation_bits: Annotated[int, _option("activation_bits")] = 8,
     activation_terms: Annotated[int, _option("activation_terms")] = 1,
@@ -471,6 +478,8 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except Infeasible as error:
+        _stop(f"{error}; --best-effort writes the closest", EXIT_INFEASIBLE)
     except OnnxqError as error:
         _stop(str(error), EXIT_BAD_INPUT)
     except _UsageError as error:

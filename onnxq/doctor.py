@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
@@ -101,9 +102,16 @@ def diagnose(refresh: bool = False) -> Diagnosis:
         exactness=found.exactness,
         kernels=tuple(_kernel_rows(found)),
         support=support,
-        cache=str(path) if path is not None and path.exists() else None,
+        cache=str(path) if path is not None and _is_there(path) else None,
         advice=tuple(_advice(found, support)),
     )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long, or the folder may not be looked into
+        return False
 
 
 def _facts(found: Found) -> Iterator[tuple[str, str]]:

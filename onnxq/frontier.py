@@ -129,6 +129,19 @@ def _needed(graph: GraphProto, needs: Sequence[Sequence[str]], chosen: Collectio
     return needed - {""}
 
 
+def with_constants(graph: GraphProto, nodes: Sequence[int]) -> list[int]:
+    """Positions of some nodes that are not constant, and of those that compute their constants."""
+    needs = [sorted(reads(node)) for node in graph.node]
+    varies = _fed(graph)
+    constants: dict[str, int] = {}
+    for i, node in enumerate(graph.node):
+        if varies.intersection(needs[i]) or node.op_type in _RANDOM:
+            varies.update(node.output)
+        else:
+            constants |= dict.fromkeys(node.output, i)
+    return _with_constants(nodes, needs, constants)
+
+
 def _with_constants(
     own: Sequence[int], needs: Sequence[Sequence[str]], constants: Mapping[str, int]
 ) -> list[int]:
@@ -154,8 +167,8 @@ def live_bytes(proto: ModelProto, segments: Sequence[Segment], feed: Feed) -> in
     outputs = sorted(kept - set(inputs))
     found = dict(inputs)
     if outputs:
-        session = _session(proto, nodes, inputs, outputs)
-        found |= _run(session, {i.name: inputs[i.name] for i in session.get_inputs()}, outputs)
+        session = open_part(proto, nodes, inputs, outputs)
+        found |= run_part(session, {i.name: inputs[i.name] for i in session.get_inputs()}, outputs)
     totals = (sum(found[name].nbytes for name in segment.live) for segment in segments)
     return max(totals, default=0)
 
@@ -204,6 +217,12 @@ class Frontier:
         tensor = self._nodes[name].input[slot]
         return [t[tensor] for t in self._float], [t[tensor] for t in self._quantized]
 
+    def known(self, tensor: str) -> tuple[list[Array], list[Array]] | None:
+        """A tensor of each sample, (float, quantized), if it is kept between groups just now."""
+        if any(tensor not in t for t in (*self._float, *self._quantized)):
+            return None
+        return [t[tensor] for t in self._float], [t[tensor] for t in self._quantized]
+
     def _advance(self, segment: Segment) -> None:
         own = {self._proto.graph.node[i].name for i in segment.nodes}
         replaced = {name: r for name, r in self._replaced.items() if name in own}
@@ -225,7 +244,7 @@ class Frontier:
     ) -> None:
         if segment.outputs:
             inputs = {name: samples[0][name] for name in segment.inputs}
-            session = _session(
+            session = open_part(
                 self._proto,
                 segment.nodes,
                 inputs,
@@ -235,7 +254,7 @@ class Frontier:
             )
             for tensors in samples:
                 feed = {name: tensors[name] for name in segment.inputs}
-                tensors.update(_run(session, feed, segment.outputs))
+                tensors.update(run_part(session, feed, segment.outputs))
                 _drop(tensors, segment.live)
         for tensors in samples:
             _drop(tensors, segment.live)
@@ -246,7 +265,12 @@ def _drop(tensors: Tensors, live: frozenset[str]) -> None:
         del tensors[name]
 
 
-def _run(session: ort.InferenceSession, feed: Tensors, outputs: Sequence[str]) -> Tensors:
+def run_part(session: ort.InferenceSession, feed: Tensors, outputs: Sequence[str]) -> Tensors:
+    """The outputs of a part, by name.
+
+    Raises:
+        CalibrationError: the run fails, or a value is no tensor.
+    """
     try:
         found = run(session, feed)
     except ValidationError as error:
@@ -260,7 +284,7 @@ def _run(session: ort.InferenceSession, feed: Tensors, outputs: Sequence[str]) -
     return dict(zip(outputs, found, strict=True))
 
 
-def _session(
+def open_part(
     proto: ModelProto,
     positions: Sequence[int],
     inputs: Mapping[str, Array],
@@ -269,7 +293,19 @@ def _session(
     replaced: Mapping[str, Replacement] | None = None,
     threads: int | None = None,
 ) -> ort.InferenceSession:
-    """A part of the model, from some of its tensors to others."""
+    """A part of the model, from some of its tensors to others.
+
+    Args:
+        proto: the model.
+        positions: of the nodes of the part, those that compute its constants included.
+        inputs: examples of the tensors it may read.
+        outputs: what it gives, in this order.
+        replaced: what nodes have become, by name.
+        threads: of onnxruntime; its default if not given.
+
+    Raises:
+        CalibrationError: it is too large, or onnxruntime cannot load it.
+    """
     part = ModelProto(ir_version=proto.ir_version)
     part.opset_import.extend(proto.opset_import)
     part.functions.extend(proto.functions)

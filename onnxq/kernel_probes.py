@@ -161,6 +161,13 @@ def is_exact(op: IntegerOp, pair: TypePair) -> bool | None:
     return bool((per_output == wanted // y_scale).all())
 
 
+def timed() -> tuple[tuple[Workload, IntegerOp, TypePair], ...]:
+    """What `measure_ratios` measures, in its order."""
+    return tuple(
+        (work.name, op, pair) for work in _workloads() for op in work.ops for pair in _PAIRS
+    )
+
+
 def measure_ratios(seconds: float = _SECONDS) -> tuple[KernelRatio, ...]:
     """Time every pair of types of every integer operator against float; at most 3 seconds.
 

@@ -15,14 +15,45 @@ from onnxq.plan import Activations, Layout, Target
 from onnxq.session import CASTS_INT4, CONVOLVES_INT8, FUSES_NBITS, runtime_version
 from onnxq.targets import resolve
 
+DEFAULT_TOLERANCE = "error=2%"
+UNIFORM_BITS, UNIFORM_TERMS = 4, 2
+BEFORE_CHOICE = 8, 1  # what an entry says until its bits and terms are chosen
+
 
 class Options(BaseModel):
     """How to quantize; checked as a whole before any work is done."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weight_bits: int = Field(default=4, ge=2, le=8, description="Bits of each term, 2 to 8.")
-    terms: int = Field(default=2, ge=1, le=8, description="Integer terms per weight, 1 to 8.")
+    weight_bits: int | None = Field(
+        default=None,
+        ge=2,
+        le=8,
+        description="Bits of each term, 2 to 8, the same in all nodes; 4 if only --terms is given.",
+    )
+    terms: int | None = Field(
+        default=None,
+        ge=1,
+        le=8,
+        description="Integer terms per weight, 1 to 8, the same in all nodes; 2 if only "
+        "--weight-bits is given.",
+    )
+    tolerance: str | None = Field(
+        default=None,
+        description="How right it must be: bits and terms are chosen per node. top1=0.5pt, "
+        f"agreement=99%, sqnr=30dB, mae=1%, cosine=0.999 or error=1%; {DEFAULT_TOLERANCE} if "
+        "nothing else says how many bits.",
+    )
+    max_size: str | None = Field(
+        default=None, description="How large the file may be: 4MB, or 0.2x of the float one."
+    )
+    minimize: Literal["size", "error"] | None = Field(
+        default=None,
+        description="What is made small within the bounds; size with --tolerance, else error.",
+    )
+    best_effort: bool = Field(
+        default=False, description="Write the closest model where the bounds cannot be kept."
+    )
     series: SeriesKind | Literal["auto"] = Field(
         default="auto", description="How the scales of the terms relate."
     )
@@ -61,6 +92,11 @@ class Options(BaseModel):
         default="triangular",
         description="Which products of weight and activation terms are computed: all, triangular, "
         "or so many.",
+    )
+    offset: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="A constant per output channel beside the terms (with --activations none); "
+        "auto: where every node gets the same bits, without --calibration.",
     )
     matmul: Literal["auto", "folded", "nbits"] = Field(
         default="auto",
@@ -127,16 +163,66 @@ class Options(BaseModel):
         return made
 
     @property
+    def uniform(self) -> bool:
+        """Whether all nodes get the same bits and terms."""
+        if self.has_goal:
+            return False
+        named = (self.weight_bits, self.terms, self.block_size)
+        return (
+            any(value is not None for value in named)
+            or self.activations == "static"
+            or (self.layout, self.series) != ("auto", "auto")
+        )
+
+    @property
+    def has_goal(self) -> bool:
+        """Whether the user said how right or how small it must be."""
+        return self.tolerance is not None or self.max_size is not None
+
+    @property
+    def by_default(self) -> bool:
+        """Whether bits and terms are chosen for the default tolerance."""
+        return not self.uniform and not self.has_goal
+
+    @property
+    def effective_tolerance(self) -> str | None:
+        """The tolerance that holds."""
+        return DEFAULT_TOLERANCE if self.by_default else self.tolerance
+
+    @property
+    def effective_minimize(self) -> Literal["size", "error"]:
+        """What is made small."""
+        return self.minimize or ("error" if self.effective_tolerance is None else "size")
+
+    @property
     def resolved_layout(self) -> Layout:
         """The layout, `auto` decided."""
         if self.layout != "auto":
             return self.layout
         return "merged" if self.activations == "static" else "parallel"
 
+    @property
+    def _uniform_bits(self) -> int:
+        if self.weight_bits is not None:
+            return self.weight_bits
+        return 8 if self.activations == "static" and self.terms is None else UNIFORM_BITS
+
+    @property
+    def _uniform_terms(self) -> int:
+        if self.terms is not None:
+            return self.terms
+        return 1 if self.activations == "static" else UNIFORM_TERMS
+
     def _consistent(self) -> None:
+        self._consistent_goal()
         if self.activation_terms > 1 and self.activations != "dynamic":
             raise ConfigError(
                 f"--activation-terms {self.activation_terms} needs --activations dynamic"
+            )
+        if self.offset == "on" and not self._can_offset:
+            raise ConfigError(
+                "--offset on needs --activations none, the same bits in every node, one scale per "
+                "channel, and --series digit or auto"
             )
         if self.activations == "static" and self.activation_bits != 8:
             raise ConfigError("--activation-bits: static activations have 8 bits")
@@ -147,17 +233,34 @@ class Options(BaseModel):
                 f"--block-size {self.block_size} needs float compute, since integer products share "
                 "one scale per output channel: add --activations none"
             )
-        if self.resolved_layout == "merged" and self.terms > 1:
+        if self.resolved_layout == "merged" and self.uniform and self._uniform_terms > 1:
             self._merges_as_integers()
+
+    def _consistent_goal(self) -> None:
+        goal = "--tolerance" if self.tolerance is not None else "--max-size"
+        if not self.has_goal:
+            for option, value in (("minimize", self.minimize), ("best-effort", self.best_effort)):
+                if value:
+                    raise ConfigError(f"--{option} needs --tolerance or --max-size")
+            return
+        for option in ("weight_bits", "terms", "block_size"):
+            if getattr(self, option) is not None:
+                shown = option.replace("_", "-")
+                raise ConfigError(f"--{shown} beside {goal}: {goal} chooses it; leave one out")
+        if self.activations == "static":
+            raise ConfigError(
+                f"{goal} with --activations static: give --weight-bits, or use --activations "
+                "dynamic or none"
+            )
 
     def _merges_as_integers(self) -> None:
         compute = f"--activations {self.activations}"
-        if self.terms * self.weight_bits > 8:
+        bits, terms = self._uniform_bits, self._uniform_terms
+        if terms * bits > 8:
             raise ConfigError(
                 f"--layout merged with {compute} sums the terms in 8 bits, but "
-                f"{self.terms} terms of {self.weight_bits} bits need "
-                f"{self.terms * self.weight_bits}: lower --terms or --weight-bits, or add "
-                "--activations none"
+                f"{terms} terms of {bits} bits need {terms * bits}: lower --terms or "
+                "--weight-bits, or add --activations none"
             )
         if self.series not in ("auto", "digit"):
             raise ConfigError(
@@ -165,12 +268,33 @@ class Options(BaseModel):
                 "integers, which needs --series digit"
             )
 
-    def select(self) -> SelectNodes:
-        """The planning pass with these options."""
+    @property
+    def _can_offset(self) -> bool:
+        return (
+            self.activations == "none"
+            and self.uniform
+            and self.block_size is None
+            and self.series in ("auto", "digit")
+            and self.matmul != "nbits"
+        )
+
+    def select(self, *, calibrated: bool = False) -> SelectNodes:
+        """The planning pass with these options.
+
+        Args:
+            calibrated: whether the plan will be completed on samples.
+
+        Raises:
+            ConfigError: `min_runtime` is no version, or calibration cannot do what is asked.
+        """
+        if calibrated and self.offset == "on":
+            raise ConfigError(
+                "--offset on with --calibration: leave it away, calibration finds its own mean"
+            )
         version = runtime_version(self.min_runtime)
         return SelectNodes(
-            bits=self.weight_bits,
-            terms=self.terms,
+            bits=self._uniform_bits if self.uniform else BEFORE_CHOICE[0],
+            terms=self._uniform_terms if self.uniform else BEFORE_CHOICE[1],
             series=self.series,
             block_size=self.block_size,
             activations=self.activations,
@@ -179,6 +303,7 @@ class Options(BaseModel):
             products=self.products,
             layout=self.resolved_layout,
             matmul=self.matmul,
+            offset=self.offset != "off" and self._can_offset and not calibrated,
             fuses_nbits=version >= FUSES_NBITS,
             target=resolve(self.target).target,
             packing="int4" if version >= CASTS_INT4 else "uint8",

@@ -27,7 +27,7 @@ from onnxq.passes.weights import candidates
 from onnxq.plan import NodePlan, Plan
 
 Progress = Callable[[str, int, int], None]
-Calibrate = Callable[[Model, Plan], tuple[Plan, tuple[str, ...]]]
+Complete = Callable[[Model, Plan], tuple[Plan, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def rewrite(
     progress: Progress,
     *,
     equalize: bool = False,
-    calibrate: Calibrate | None = None,
+    choose: Complete | None = None,
+    calibrate: Complete | None = None,
 ) -> Rewritten:
     """Canonicalize, plan (or take the given plan) and expand. `model` is used up.
 
@@ -93,6 +94,7 @@ def rewrite(
         plan: what to do instead of planning.
         progress: called with (what, done, total).
         equalize: even out the channels of neighbouring layers before planning.
+        choose: chooses bits and terms of the selected nodes.
         calibrate: completes a plan by running the canonical model on samples.
 
     Raises:
@@ -109,11 +111,14 @@ def rewrite(
     chosen = select(model) if plan is None else _with_the_rest(plan, model)
     if not chosen.quantized:
         raise _nothing_to_do(chosen)
+    notes: tuple[str, ...] = ()
+    if plan is None and choose is not None:
+        chosen, notes = choose(model, chosen)
     found_before = set(chosen.scales)
     chosen = SearchScales(progress)(model, chosen)
-    notes: tuple[str, ...] = ()
     if calibrate is not None:
-        chosen, notes = calibrate(model, chosen)
+        chosen, more = calibrate(model, chosen)
+        notes += more
     elif set(chosen.scales) - found_before and _is_static(chosen):
         chosen = FitBias()(model, FitPairs()(model, chosen))
     model = raise_opset(model, required_opset(chosen))

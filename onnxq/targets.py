@@ -8,6 +8,7 @@ measured again.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import zlib
@@ -21,6 +22,7 @@ import onnxruntime as ort
 import platformdirs
 from pydantic import BaseModel, ConfigDict
 
+from onnxq.comparison import Quartiles
 from onnxq.errors import ConfigError
 from onnxq.files import write_whole
 from onnxq.kernel_probes import (
@@ -30,6 +32,7 @@ from onnxq.kernel_probes import (
     KernelRatio,
     find_exactness,
     measure_ratios,
+    timed,
 )
 from onnxq.passes.forms import Operator, TypePair, type_pair
 from onnxq.plan import Target
@@ -86,10 +89,18 @@ class _Measured(_Fact):
     def holds_for(self, machine: Machine) -> bool:
         """Whether this was measured on such a machine, with the probes of this version."""
         of, here = self.machine, machine
-        probed = [(e.op, TypePair(e.activation, e.weight)) for e in self.exactness]
-        return (of.onnxruntime, of.cpu_id) == (here.onnxruntime, here.cpu_id) and (
-            probed == list(PROBED)
+        probed = tuple((e.op, TypePair(e.activation, e.weight)) for e in self.exactness)
+        ratios = tuple((r.workload, r.op, TypePair(r.activation, r.weight)) for r in self.ratios)
+        return (
+            (of.onnxruntime, of.cpu_id) == (here.onnxruntime, here.cpu_id)
+            and probed == PROBED
+            and ratios in ((), timed())
+            and all(_is_time(one.ratio) for one in self.ratios)
         )
+
+
+def _is_time(ratio: Quartiles | None) -> bool:
+    return ratio is None or (0 < ratio.low <= ratio.median <= ratio.high < math.inf)
 
 
 def resolve(target: Target | Literal["auto"] = "auto", *, refresh: bool = False) -> Found:

@@ -12,6 +12,7 @@ from onnxq.kernels_ref import (
     ClipMeasure,
     OutputSamples,
     Series,
+    descend,
     fit_affine,
     keep_if_better,
     least_squares_target,
@@ -20,6 +21,7 @@ from onnxq.kernels_ref import (
     round_second_order,
     search_clip,
     series_scales,
+    spread,
 )
 from onnxq.passes.node_samples import NodeSamples, Numbers
 from onnxq.passes.rounded_clip import search_rounded_clip
@@ -66,37 +68,89 @@ def plan_node(
     channel. What is kept is fitted again on all samples, and then the scales are clipped: every
     ratio is also another rounding, and the best would not be the best for other moments.
     """
-    pull = _target_damping(samples, settings)
-    target = _target(samples, settings, pull)
+    wanted = Wanted.of(samples, settings)
+    pull = _target_damping(samples, settings, wanted)
+    target = wanted.target(pull)
     scales = _unclipped(target, entry)
-    damping = _damping(samples, target, scales, entry, settings)
+    damping = _damping(samples, wanted, target, scales, entry, settings)
     rounded = _rounded(samples, target, scales, entry, settings, damping=damping)
-    found, first = (_corrected(samples, series, settings) for series in (rounded, plain))
+    found, first = wanted.corrected(rounded), wanted.corrected(plain)
     zero = np.zeros(len(target))
     chosen = found if samples.held.error(found) <= samples.held.error(first) else first
     keep_bias = samples.held.error(chosen) <= samples.held.error(replace(chosen, bias=zero))
     samples.take_in_held_out()
-    series = plain
+    wanted = Wanted.of(samples, settings)
+    first = wanted.corrected(plain)
     if chosen is found:
-        target = _target(samples, settings, pull)
-        scales = _clipped(
-            samples, target, _unclipped(target, entry), entry, settings, damping=damping
-        )
-        series = _rounded(samples, target, scales, entry, settings, damping=damping)
-        if samples.held.error(_corrected(samples, series, settings)) > samples.held.error(first):
-            series = plain
-    chosen = _corrected(samples, series, settings) if keep_bias else Numbers(series, zero)
+        found = _rounded_at_last(samples, wanted.target(pull), entry, settings, damping)
+        found = wanted.corrected(found)
+        chosen = found if samples.held.error(found) <= samples.held.error(first) else first
+    else:
+        chosen = first
+    if not keep_bias:
+        chosen = replace(chosen, bias=zero)
     return chosen if settings.affine == "none" else _affine(samples, chosen, settings.affine)
 
 
 def shift_only(samples: NodeSamples, series: Series, settings: NodeSettings) -> Numbers:
     """The numbers of a node whose series is given: its bias alone, if held-out samples agree."""
     without = Numbers(series, np.zeros(len(samples.matrix)))
-    found = _corrected(samples, series, settings)
+    found = Wanted.of(samples, settings).corrected(series)
     return found if samples.held.error(found) <= samples.held.error(without) else without
 
 
-def _target_damping(samples: NodeSamples, settings: NodeSettings) -> float:
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """Which outputs a node aims at: those of the float model, with what is added to them.
+
+    Attributes:
+        hessian, cross: moments of the inputs, about the means where the bias makes up for them.
+        extra: Σ d x̂ᵀ of what is wanted beside the float model's products, [out, in]; or None.
+        shift: the mean of d, [out]; or 0.
+    """
+
+    samples: NodeSamples
+    settings: NodeSettings
+    hessian: Array
+    cross: Array
+    extra: Array | None
+    shift: Array | float
+
+    @classmethod
+    def of(cls, samples: NodeSamples, settings: NodeSettings) -> Wanted:
+        """What the samples taken in by now want."""
+        hessian, cross = _moments(samples, settings)
+        found = samples.extra()
+        if found is None:
+            return cls(samples, settings, hessian, cross, None, 0.0)
+        extra, shift = found
+        if settings.bias_correction:
+            mean = np.repeat(samples.moments.mean_hat, len(shift) // len(hessian), axis=0)
+            extra = extra - samples.moments.count * shift[:, np.newaxis] * mean
+        return cls(samples, settings, hessian, cross, extra, shift)
+
+    def target(self, damping: float) -> Array:
+        """What is rounded, float32 [out, in]."""
+        samples = self.samples
+        if self.settings.rounding == "nearest" or samples.exact_prefix:
+            return samples.matrix
+        found = least_squares_target(
+            samples.matrix, self.hessian, self.cross, damping, extra=self.extra
+        )
+        return found.astype(np.float32)
+
+    def bias(self, matrix: Array) -> Array:
+        """What makes the mean of the outputs of these weights right, float64 [out]."""
+        if not self.settings.bias_correction:
+            return np.zeros(len(matrix))
+        return self.samples.moments.bias_shift(self.samples.matrix, matrix) + self.shift
+
+    def corrected(self, series: Series) -> Numbers:
+        """The series with that bias."""
+        return Numbers(series, self.bias(series.dequantize()))
+
+
+def _target_damping(samples: NodeSamples, settings: NodeSettings, wanted: Wanted) -> float:
     """The one of TARGET_DAMPINGS whose weights, not rounded, err least on held-out samples."""
     if not samples.judges or settings.rounding == "nearest" or samples.exact_prefix:
         return USUAL_TARGET_DAMPING
@@ -104,8 +158,8 @@ def _target_damping(samples: NodeSamples, settings: NodeSettings) -> float:
 
     def error(i: int) -> float:
         if i not in errors:
-            target = _target(samples, settings, TARGET_DAMPINGS[i])
-            errors[i] = samples.held.off(target, _shift(samples, target, settings))
+            target = wanted.target(TARGET_DAMPINGS[i])
+            errors[i] = samples.held.off(target, wanted.bias(target))
         return errors[i]
 
     here, last = TARGET_DAMPINGS.index(0.1), len(TARGET_DAMPINGS) - 1
@@ -115,16 +169,9 @@ def _target_damping(samples: NodeSamples, settings: NodeSettings) -> float:
     return TARGET_DAMPINGS[here]
 
 
-def _target(samples: NodeSamples, settings: NodeSettings, damping: float) -> Array:
-    """What is rounded, float32 [out, in]."""
-    if settings.rounding == "nearest" or samples.exact_prefix:
-        return samples.matrix
-    hessian, cross = _moments(samples, settings)
-    return least_squares_target(samples.matrix, hessian, cross, damping).astype(np.float32)
-
-
 def _damping(
     samples: NodeSamples,
+    wanted: Wanted,
     target: Array,
     scales: tuple[Array, ...],
     entry: NodePlan,
@@ -136,7 +183,7 @@ def _damping(
 
     def error(damping: float) -> float:
         series = _rounded(samples, target, scales, entry, settings, damping=damping)
-        return samples.held.error(_corrected(samples, series, settings))
+        return samples.held.error(wanted.corrected(series))
 
     return min(DAMPINGS, key=error)
 
@@ -156,6 +203,26 @@ def _unclipped(target: Array, entry: NodePlan) -> tuple[Array, ...]:
         granularity=entry.matrix_granularity(),
     )
     return tuple(_positive(scale) for scale in found)
+
+
+def _rounded_at_last(
+    samples: NodeSamples, target: Array, entry: NodePlan, settings: NodeSettings, damping: float
+) -> Series:
+    """With the clip ratios that are best for this target; then single integers are changed."""
+    scales = _clipped(samples, target, _unclipped(target, entry), entry, settings, damping=damping)
+    series = _rounded(samples, target, scales, entry, settings, damping=damping)
+    if settings.rounding == "nearest":
+        return series
+    *first, last = series.terms
+    changed = descend(
+        last.q.astype(np.int8, copy=False),
+        np.broadcast_to(spread(last.scale, target.shape, last.granularity), target.shape),
+        target - series.dequantize(),
+        _moments(samples, settings)[0],
+        bits=entry.bits,
+        damping=damping,
+    )
+    return replace(series, terms=(*first, replace(last, q=changed)))
 
 
 def _positive(scale: Array) -> Array:
@@ -231,17 +298,6 @@ def _rounded(
         bits=entry.bits,
         granularity=granularity,
     )
-
-
-def _corrected(samples: NodeSamples, series: Series, settings: NodeSettings) -> Numbers:
-    return Numbers(series, _shift(samples, series.dequantize(), settings))
-
-
-def _shift(samples: NodeSamples, matrix: Array, settings: NodeSettings) -> Array:
-    """What makes the mean of the outputs of these weights right, float64 [out]."""
-    if not settings.bias_correction:
-        return np.zeros(len(matrix))
-    return samples.moments.bias_shift(samples.matrix, matrix)
 
 
 def _affine(samples: NodeSamples, numbers: Numbers, measure: Literal["mae", "mse"]) -> Numbers:

@@ -27,6 +27,9 @@ from onnxq.passes.ranks import tensor_shapes
 from onnxq.passes.static_matmul import bias_add, bias_of, is_gemm
 from onnxq.plan import Plan
 
+# Of a step; what float32 makes of a level that SearchRanges has put on a step is far less.
+_ALIGNED = 0.01
+
 
 @dataclass(frozen=True)
 class InsertQDQ:
@@ -207,7 +210,7 @@ class _Insertion:
         elif readers:
             self._rewire(readers, tensor, self._pair(self._behind(producer), tensor))
         if producer.op in ("Relu", "HardSigmoid"):
-            self._write_leaky_relu(producer)
+            self._write_leaky_relu(producer, tensor)
 
     def _pair(self, builder: Builder, tensor: Any, source: Any = None) -> Any:
         """Quantize `tensor`; with a source, quantize that, and let the pair write `tensor`."""
@@ -226,12 +229,14 @@ class _Insertion:
         for node in readers:
             replace_input(node, old, new)
 
-    def _write_leaky_relu(self, node: gs.Node) -> None:
+    def _write_leaky_relu(self, node: gs.Node, tensor: Any) -> None:
         """Write a Relu or HardSigmoid as LeakyRelu, which onnxruntime looks up in a table.
 
         HardSigmoid is alpha·x + beta, saturated. Read with scale alpha·s and the zero point moved
         to where it is 0, the integers of x are that sum already, and LeakyRelu of slope 1 is
-        identity; the pair behind it saturates at 0, and at 1 since its range ends there.
+        identity; the pair behind it, of `tensor`, saturates at 0, and at 1 if its range ends there.
+        HardSigmoid stays float where the range is otherwise, where x does not reach down to that
+        zero point, and where that is no level of x.
         """
         if node.op == "Relu":
             node.op, node.attrs = "LeakyRelu", {"alpha": 0.0}
@@ -240,9 +245,11 @@ class _Insertion:
         q, scale, zero_point = dequantize.inputs[:3]
         alpha, beta = hard_sigmoid(node)
         step = float(values(scale))
-        moved = round(int(values(zero_point)) - beta / alpha / step)
-        if moved < (-128 if self.signed else 0):
-            return  # a range by hand, which does not reach that far: HardSigmoid stays float
+        steps = beta / alpha / step
+        moved = int(values(zero_point)) - round(steps)
+        reached = moved >= (-128 if self.signed else 0) and abs(steps - round(steps)) <= _ALIGNED
+        if not reached or not self._saturates(tensor.name, (0.0, 1.0)):
+            return
         builder = Builder(self.graph, node, self.names, "insert_qdq", self.scalars)
         params = [builder.scalar(np.float32(alpha * step)), builder.scalar(self.kind(moved))]
         node.inputs = [builder.add("DequantizeLinear", f"{node.name}/sum", [q, *params])]

@@ -77,17 +77,55 @@ class NodeRows:
         order = (*range(split, len(lead)), *range(split), len(lead), len(lead) + 1)
         return np.asarray(full.transpose(order).reshape(self.groups, -1, self.inputs))
 
-    def _patches(self, x: Array, limit: int, rng: np.random.Generator) -> Array:
+    def read_output(
+        self, y: Array, x_shape: tuple[int, ...], limit: int, rng: np.random.Generator
+    ) -> Array:
+        """The rows [positions, out] of a tensor like the output, where `read` reads x.
+
+        Raises ValueError where the tensor is not of the shape of the output for an x of this shape,
+        or the outputs are not rows.
+        """
+        if y.shape != self.output_shape(x_shape):
+            raise ValueError("a tensor of another shape is added")
+        rows = np.moveaxis(y, 1, -1) if self.node.op == "Conv" else y
+        total = y.size // self.weight.out
+        rows = rows.reshape(total, self.weight.out)
+        if limit >= total:
+            return np.ascontiguousarray(rows)
+        return rows[np.sort(rng.choice(total, size=limit, replace=False))]
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the output for an input of this shape; ValueError if it is not rows."""
+        if self.node.op != "Conv":
+            if self.weight.slot == 0 or len(self.weight.shape) > 2:
+                raise ValueError("its outputs are not rows")
+            return (*shape[:-1], self.weight.out)
+        strides, pads, dilations = self._geometry(shape[2:])
+        kernel = self.weight.shape[2:]
+        full = pads or [0] * (2 * len(kernel))
+        both = zip(full[: len(kernel)], full[len(kernel) :], strict=True)
+        axes = zip(shape[2:], both, kernel, strides, dilations, strict=True)
+        space = ((n + sum(p) - d * (k - 1) - 1) // s + 1 for n, p, k, s, d in axes)
+        return (shape[0], self.weight.out, *space)
+
+    def _geometry(
+        self, space: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], list[int] | None, tuple[int, ...]]:
+        """(strides, pads, dilations) of a Conv whose input has these sizes."""
         attrs, kernel = self.node.attrs, self.weight.shape[2:]
         strides = tuple(attrs.get("strides") or [1] * len(kernel))
         dilations = tuple(attrs.get("dilations") or [1] * len(kernel))
         auto = attrs.get("auto_pad", "NOTSET")
         pads = None if auto == "VALID" else attrs.get("pads")
         if auto in ("SAME_UPPER", "SAME_LOWER"):
-            pads = _same_pads(auto, x.shape[2:], kernel, strides, dilations)
+            pads = _same_pads(auto, space, kernel, strides, dilations)
+        return strides, pads, dilations
+
+    def _patches(self, x: Array, limit: int, rng: np.random.Generator) -> Array:
+        strides, pads, dilations = self._geometry(x.shape[2:])
         return conv_patches(
             x,
-            kernel,
+            self.weight.shape[2:],
             strides=strides,
             pads=pads,
             dilations=dilations,

@@ -79,6 +79,8 @@ class NodeSamples:
         exact, quantized: the input per sample, in both variants; the same objects where nothing
             quantized lies before the node.
         seed: of the positions that are drawn.
+        added: what is added to the output, per sample and in both variants: the node aims at the
+            float model's sum. Left out where it is not of the output's shape.
 
     Attributes:
         moments: of the samples that are not held out, or of all.
@@ -88,11 +90,19 @@ class NodeSamples:
     """
 
     def __init__(
-        self, rows: NodeRows, exact: Sequence[Array], quantized: Sequence[Array], seed: int
+        self,
+        rows: NodeRows,
+        exact: Sequence[Array],
+        quantized: Sequence[Array],
+        seed: int,
+        added: tuple[Sequence[Array], Sequence[Array]] | None = None,
     ) -> None:
         self.rows, self._exact, self._quantized, self._seed = rows, exact, quantized, seed
         self.matrix = rows.weight.matrix()
         self.moments = InputMoments(rows.groups, rows.inputs)
+        self._added = added if added is not None and self._fits(added[0]) else None
+        out = len(self.matrix)
+        self._extra, self._missing = np.zeros((out, rows.inputs)), np.zeros(out)
         count = len(exact)
         self._held = range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)
         self.fit = self._take([i for i in range(count) if i not in self._held], add=True)
@@ -114,28 +124,71 @@ class NodeSamples:
             self._take(self._held, add=True)
             self._held = range(0)
 
+    def extra(self) -> tuple[Array, Array] | None:
+        """What is wanted beside the float model's products, d, of the samples in `moments`.
+
+        (Σ d x̂ᵀ [out, in], mean d [out]), float64; None where there is nothing else.
+        """
+        if self._added is None:
+            return None
+        return self._extra, self._missing / max(self.moments.count, 1)
+
+    def _fits(self, added: Sequence[Array]) -> bool:
+        try:
+            shapes = [self.rows.output_shape(x.shape) for x in self._exact]
+        except ValueError:
+            return False
+        return shapes == [array.shape for array in added]
+
     def _take(self, samples: Sequence[int], *, add: bool) -> Judged:
         wanted = min(max(ROWS_PER_INPUT * self.rows.inputs, FEWEST_ROWS), MOST_ROWS)
         limit, judged = self._per_sample(wanted), self._per_sample(JUDGED_ROWS)
-        kept, kept_hat = [], []
-        for i in samples:
-            x = self._read(self._exact[i], limit, i)
-            same = self._quantized[i] is self._exact[i]
-            x_hat = x if same else self._read(self._quantized[i], limit, i)
-            if not (np.isfinite(x).all() and np.isfinite(x_hat).all()):
-                raise ValueError("its inputs are not finite")
-            if add:
-                self.moments.add(x_hat, x)
-            some = np.linspace(0, x.shape[1] - 1, min(judged, x.shape[1])).astype(int)
-            kept.append(x[:, some])
-            kept_hat.append(kept[-1] if same else x_hat[:, some])
-        x = np.concatenate(kept, axis=1)
-        return Judged(np.concatenate(kept_hat, axis=1), products(self.matrix, x))
+        found = [self._one(i, limit, judged, add=add) for i in samples]
+        return Judged(
+            np.concatenate([part.x_hat for part in found], axis=1),
+            np.concatenate([part.wanted for part in found]),
+        )
+
+    def _one(self, sample: int, limit: int, judged: int, *, add: bool) -> Judged:
+        """Some rows of one sample; all of them are taken in if wanted."""
+        same = self._quantized[sample] is self._exact[sample]
+        x = self._read(self._exact[sample], limit, sample)
+        x_hat = x if same else self._read(self._quantized[sample], limit, sample)
+        missing = self._missing_rows(sample, limit)
+        if not all(np.isfinite(rows).all() for rows in (x, x_hat, missing)):
+            raise ValueError("its inputs are not finite")
+        if add:
+            self.moments.add(x_hat, x)
+        if add and missing.ndim == 2:
+            split = missing.T.reshape(self.rows.groups, -1, len(missing))
+            self._extra += np.matmul(split, x_hat).reshape(self._extra.shape)
+            self._missing += missing.sum(axis=0, dtype=np.float64)
+        some = np.linspace(0, x.shape[1] - 1, min(judged, x.shape[1])).astype(int)
+        kept = x[:, some]
+        kept_hat = kept if same else x_hat[:, some]
+        more = missing[some] if missing.ndim == 2 else missing
+        return Judged(kept_hat, products(self.matrix, kept) + more)
+
+    def _missing_rows(self, sample: int, limit: int) -> Array:
+        """Float less quantized of what is added, [n, out], or one zero."""
+        if self._added is None:
+            return np.zeros(1, np.float32)
+        shape = self._exact[sample].shape
+        exact, quantized = (
+            self.rows.read_output(part[sample], shape, limit, self._rng(sample))
+            for part in self._added
+        )
+        return exact - quantized
 
     def _per_sample(self, rows: int) -> int:
         """How many of so many rows in all come from one sample, of what memory allows."""
-        most = MOST_ELEMENTS // (self.rows.groups * self.rows.inputs)
-        return max(1, min(rows, most) // len(self._exact))
+        widest = self.rows.groups * self.rows.inputs
+        if self._added is not None:
+            widest = max(widest, len(self.matrix))
+        return max(1, min(rows, MOST_ELEMENTS // widest) // len(self._exact))
 
     def _read(self, x: Array, limit: int, sample: int) -> Array:
-        return self.rows.read(x, limit, np.random.default_rng((self._seed, sample)))
+        return self.rows.read(x, limit, self._rng(sample))
+
+    def _rng(self, sample: int) -> np.random.Generator:
+        return np.random.default_rng((self._seed, sample))

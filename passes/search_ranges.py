@@ -22,6 +22,7 @@ PERCENTILE = 99.999
 # Of a tensor that was 0 on all samples. Any range holds it; this one leaves the bias of the node
 # behind it, whose steps are the product of two scales, well resolved.
 ALL_ZERO = (0.0, 1.0)
+_MOST_COARSER = 2.0
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,23 @@ class SearchRanges:
 
 
 def align(found: Range, level: float) -> Range:
-    """The range widened so that `level` <= 0 is in it and, of 256 levels, is one.
+    """The range widened so that `level` <= 0 is in it and, of 256 levels, is one; if that pays.
 
     The scale grows until the level is a whole number of steps away from 0, by a factor of at most
-    (n + 1) / n where it is n steps away.
+    (n + 1) / n where it is n steps away. The range stays as it is where the level is nearer to 0
+    than a step, or so far out that the scale would more than double: what else reads the tensor,
+    as the Mul of a HardSwish, would lose more than is gained.
     """
     if level == 0.0:
         return found
     rmin, rmax = min(found[0], level), found[1]
-    steps = -level / float(activation_params(rmin, rmax)[0])
+    scale = float(activation_params(rmin, rmax)[0])
+    steps = -level / scale
+    if steps < 1:
+        return found
     factor = steps / math.floor(steps)
+    if scale * factor > _MOST_COARSER * float(activation_params(*found)[0]):
+        return found
     return rmin * factor, rmax * factor
 
 

@@ -49,6 +49,7 @@ class SelectNodes:
     products: Literal["all", "triangular"] | int = "triangular"
     matmul: Literal["auto", "folded", "nbits"] = "auto"
     fuses_nbits: bool = True
+    offset: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     embeddings: bool = False
@@ -100,6 +101,7 @@ class SelectNodes:
             conv_activations=self.conv_activations,
             target=self.target,
             form=form,
+            offset=self.offset and form == "folded" and node.op != "Gather",
             **self._activation_terms(activations),
             layout=self.layout if node.op in LINEAR else "merged",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,13 @@ import onnx_graphsurgeon as gs
 
 from onnxq.model import Model, is_constant
 from onnxq.passes.edit import consumers
-from onnxq.passes.integer_ops import after_activation, data_inputs, hard_sigmoid, integer_op
+from onnxq.passes.integer_ops import (
+    activation_bounds,
+    after_activation,
+    data_inputs,
+    hard_sigmoid,
+    integer_op,
+)
 from onnxq.passes.lower_static import is_parallel
 from onnxq.passes.ranks import Shape, tensor_shapes
 from onnxq.passes.search_scales import match_plan
@@ -184,7 +191,7 @@ class _Survey:
             if id(node) in self.static
             and _is_depthwise(node)
             and id(node.inputs[0]) not in given
-            and not any(self._is_useful(t) for t in self.written[id(node)])
+            and not any(self._is_useful(t) for t in self.written.get(id(node), ()))
         ]
 
     def groups(self) -> Iterator[Group]:
@@ -211,14 +218,21 @@ class _Survey:
         for node in consumers(self.quantized[key]):
             if node.op == "HardSigmoid" and id(node) in self.written:
                 alpha, beta = hard_sigmoid(node)
-                return -beta / alpha
+                level = -beta / alpha
+                return level if _limits(self.quantized[key])[0] <= level else 0.0
         return 0.0
 
     def _share(self, concat: gs.Node, inside: dict[int, int]) -> None:
-        """Let what only a Concat reads have its range: else it would be rounded twice."""
+        """Let what only a Concat reads have its range: else it would be rounded twice.
+
+        A Relu, Clip or HardSigmoid that saturation stands in for has to have its own range, unless
+        that of the Concat cannot be wider: without saturation it would be computed in float.
+        """
         output = self.written[id(concat)][0]
         for tensor in concat.inputs:
             root = _root(inside, id(tensor))
+            if not _holds(_limits(tensor), _limits(output)):
+                continue  # a wider range would not saturate where the Relu or HardSigmoid does
             if len(consumers(tensor)) == 1 and root == id(tensor) != _root(inside, id(output)):
                 inside[id(tensor)] = id(output)
 
@@ -227,6 +241,26 @@ def _root(inside: Mapping[int, int], key: int) -> int:
     while key in inside:
         key = inside[key]
     return key
+
+
+def _limits(tensor: Any) -> tuple[float, float]:
+    """What a tensor cannot pass, from the operators before it."""
+    node = tensor.inputs[0] if tensor.inputs else None
+    while node is not None and (op := integer_op(node)) is not None and op.keeps:
+        before = node.inputs[0]
+        node = before.inputs[0] if before.inputs else None
+    if node is None:
+        return -math.inf, math.inf
+    if node.op in ("HardSigmoid", "Sigmoid", "Softmax"):
+        return 0.0, 1.0
+    if node.op == "Concat":
+        lows, highs = zip(*map(_limits, node.inputs), strict=True)
+        return min(lows), max(highs)
+    return activation_bounds(node) or (-math.inf, math.inf)
+
+
+def _holds(outer: tuple[float, float], inner: tuple[float, float]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
 def _is_depthwise(node: gs.Node) -> bool:

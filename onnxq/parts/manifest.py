@@ -12,6 +12,7 @@ from pydantic import ValidationError as Invalid
 from onnxq.errors import ConfigError
 
 MANIFEST = "parts.json"
+MOST_PARTS = 9999  # four digits in the names of their folders
 SPLIT_KEY = "onnxq.split"  # metadata of every stage model: the split that it belongs to
 
 _Shape = tuple[int | None, ...]
@@ -65,9 +66,9 @@ class Manifest(_Entry):
     format_version: Literal[1] = 1
     onnxq_version: str
     split: str
-    parts: Annotated[int, Field(ge=2)]
+    parts: Annotated[int, Field(ge=2, le=MOST_PARTS)]
     inputs: tuple[InputEntry, ...]
-    outputs: tuple[str, ...]
+    outputs: Annotated[tuple[str, ...], Field(min_length=1)]
     stages: tuple[Step, ...]
 
     @classmethod
@@ -98,10 +99,11 @@ class Manifest(_Entry):
         def fail(what: str) -> ConfigError:
             return ConfigError(f"{path}: {what}: split the model again")
 
-        known = [{entry.name for entry in self.inputs} for _ in range(self.parts)]
         for s, step in enumerate(self.stages):
             if len(step.parts) != self.parts:
                 raise fail(f"stage {s} has {len(step.parts)} parts, not {self.parts}")
+        known = [{entry.name for entry in self.inputs} for _ in range(self.parts)]
+        for s, step in enumerate(self.stages):
             names = {entry.name for entry in step.sums}
             for k, stage in enumerate(step.parts):
                 unknown = {*stage.inputs} - known[k] or {*stage.partials} - names
@@ -110,6 +112,8 @@ class Manifest(_Entry):
                     raise fail(f"stage {s} of part {k} names {min(unknown)!r}, which is not there")
                 if stage.model not in (None, f"part{k}/stage{s:02d}.onnx"):
                     raise fail(f"stage {s} of part {k} is said to be {stage.model}")
+                if stage.model is None and stage.outputs:
+                    raise fail(f"stage {s} of part {k} has outputs, but no model")
                 known[k] |= {*stage.outputs} | names
             orphans = names - {name for stage in step.parts for name in stage.partials}
             if orphans:
@@ -119,3 +123,9 @@ class Manifest(_Entry):
         for k, names in enumerate(known):
             if not names.issuperset(self.outputs):
                 raise fail(f"an output of the model is computed by no stage of part {k}")
+            stages = [step.parts[k] for step in self.stages]
+            # a share that went into no sum would be missing from it
+            used = {name for stage in stages for name in (*stage.inputs, *stage.partials.values())}
+            unused = {name for stage in stages for name in stage.outputs} - used - {*self.outputs}
+            if unused:
+                raise fail(f"nothing uses {min(unused)!r} of part {k}")

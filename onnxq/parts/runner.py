@@ -25,6 +25,9 @@ Array = npt.NDArray[Any]
 Backend = Literal["threads", "processes", "mpi", "gloo"]
 
 TIMEOUT = 300.0
+# Eleven days; what takes times of the system takes no more than some years.
+LONGEST_TIMEOUT = 1_000_000
+MOST_THREADS = 1024
 
 
 class PartsRunner:
@@ -57,8 +60,11 @@ class PartsRunner:
     ) -> None:
         if backend not in get_args(Backend):
             raise ConfigError(f"--backend {backend}: must be one of {', '.join(get_args(Backend))}")
-        if threads < 1 or not timeout > 0:
-            raise ConfigError("--threads must be 1 or more, --timeout more than 0")
+        if not 1 <= threads <= MOST_THREADS or not 0 < timeout <= LONGEST_TIMEOUT:
+            raise ConfigError(
+                f"--threads must be 1 to {MOST_THREADS}, --timeout more than 0 and at most "
+                f"{LONGEST_TIMEOUT}"
+            )
         self.manifest = Manifest.load(folder)
         self._runner: _Threads | Processes | _Rank | None
         where = Path(folder).absolute()
@@ -153,6 +159,7 @@ def run_parts_file(
     """
     target = Path(output)
     check_target("output", target, {"the data": Path(data)})
+    _keep_out(target, Path(folder))
     feed = read_arrays(Path(data), "data")
     with PartsRunner(folder, backend=backend, threads=threads, timeout=timeout) as runner:
         if LABEL not in {entry.name for entry in runner.manifest.inputs}:
@@ -164,6 +171,12 @@ def run_parts_file(
             np.savez(file, **plain)  # type: ignore[arg-type]  # a name may be that of an option
             write_whole({target: file.getvalue()})
     return {name: array.shape for name, array in outputs.items()}
+
+
+def _keep_out(target: Path, folder: Path) -> None:
+    """Refuse to write where parts.json and the stages are."""
+    if folder.resolve() in target.resolve().parents:
+        raise ConfigError(f"output {target} lies in the folder of the parts: give another place")
 
 
 def _check_feed(manifest: Manifest, feed: Mapping[str, Array]) -> dict[str, Array]:

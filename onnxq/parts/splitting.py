@@ -122,7 +122,13 @@ def split(
 
 
 def _check_target(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:  # the name is too long, or it may not be looked into
+        raise ConfigError(
+            f"{folder}: cannot be written ({error.strerror or error}): give another name"
+        ) from None
+    if taken:
         raise ConfigError(f"{folder} exists already: give the name of a new folder")
     if not folder.absolute().parent.is_dir():
         raise ConfigError(f"{folder}: the folder {folder.parent} does not exist: create it")

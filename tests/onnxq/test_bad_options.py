@@ -44,6 +44,16 @@ OPTIONS = [
     ("--layout merged --weight-bits 5", ["2 terms of 5 bits need 10", "lower --terms"]),
     ("--layout merged --terms 3", ["3 terms of 4 bits need 12"]),
     ("--layout merged --series joint", ["--series joint", "needs --series digit"]),
+    ("--tolerance good", ["--tolerance 'good'", "give one of top1=0.5pt"]),
+    ("--tolerance top1=x", ["--tolerance 'top1=x'", "top1=0.5pt"]),
+    ("--tolerance error=1% --terms 2", ["--terms beside --tolerance", "leave one out"]),
+    ("--max-size 1MB --weight-bits 4", ["--weight-bits beside --max-size"]),
+    ("--max-size big", ["--max-size 'big'", "4MB, 3.5MiB or 0.2x"]),
+    ("--minimize size", ["--minimize needs --tolerance or --max-size"]),
+    ("--best-effort", ["--best-effort needs --tolerance or --max-size"]),
+    ("--max-size 1MB --minimize size", ["--minimize size without --tolerance"]),
+    ("--tolerance error=1% --activations static", ["with --activations static"]),
+    ("--offset on", ["--offset on needs --activations none"]),
     ("--layout diagonal", ["'--layout'", "'diagonal'", "merged"]),
     ("--series fourier", ["'--series'", "'fourier'", "fixed_ratio"]),
     ("--activations static", ["--activations static needs ranges", "add --calibration"]),
@@ -148,7 +158,8 @@ def test_a_target_must_not_overwrite_the_data(
 
 def _plan(folder: Path, source: Path) -> Path:
     plan = folder / "plan.json"
-    options = ("--plan-out", plan, "--activations", "none", "--quiet")
+    options = ("--plan-out", plan, "--activations", "none", "--terms", "2", "--quiet")
+    options += ("--offset", "off")
     works("quantize", source, folder / "first.onnx", *options)
     return plan
 

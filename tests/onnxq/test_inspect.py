@@ -27,7 +27,8 @@ def test_inspect_a_float_model() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("", (2, 4, "parallel", "dynamic")),
+        ("", (1, 8, "parallel", "dynamic")),
+        ("--terms 2", (2, 4, "parallel", "dynamic")),
         ("--terms 3 --weight-bits 3", (3, 3, "parallel", "dynamic")),
         ("--layout merged", (2, 4, "merged", "dynamic")),
         ("--activations none --weight-bits 8", (2, 8, "parallel", "none")),

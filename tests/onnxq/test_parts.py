@@ -14,10 +14,10 @@ import pytest
 from small import model, weights
 from splitting import chain, quantized
 
-from onnxq import parts as parts_module
-from onnxq import write_parts
 from onnxq.errors import ConfigError, ModelError, ValidationError
 from onnxq.parts import part as part_module
+from onnxq.parts import splitting as split_module
+from onnxq.parts import write as write_module
 from onnxq.parts.manifest import MANIFEST, Manifest
 from onnxq.parts.splitting import split
 
@@ -190,6 +190,8 @@ def test_a_file_in_the_place_or_no_place(whole: Path, tmp_path: Path) -> None:
         split(whole, tmp_path / "file", parts=2)
     with pytest.raises(ConfigError, match="does not exist: create it"):
         split(whole, tmp_path / "a" / "b", parts=2)
+    with pytest.raises(ConfigError, match="cannot be written .File name too long"):
+        split(whole, tmp_path / ("a" * 300), parts=2)
 
 
 def fail(*_args: Any, **_options: Any) -> Any:
@@ -203,9 +205,9 @@ def no_space(*_args: Any, **_options: Any) -> Any:
 @pytest.mark.parametrize(
     ("module", "name", "broken", "message"),
     [
-        (parts_module, "check_parts", fail, "on purpose"),
-        (parts_module, "_check_run", fail, "on purpose"),
-        (write_parts, "export", no_space, "cannot be written .No space left on device."),
+        (split_module, "check_parts", fail, "on purpose"),
+        (split_module, "_check_run", fail, "on purpose"),
+        (write_module, "export", no_space, "cannot be written .No space left on device."),
     ],
 )
 def test_nothing_is_left_of_a_split_that_fails(
@@ -271,6 +273,10 @@ def at(*path: str | int, value: Any) -> Any:
         (at("stages", 0, "parts", 1, "partials", value={"q": "q"}), "names 'q', which is"),
         (at("stages", 0, "sums", value=[]), "names 'one/sum', which is not there"),
         (at("stages", value=[]), "nothing is summed"),
+        (at("parts", value=10**9), "parts: Input should be less than"),
+        (at("outputs", value=[]), "outputs: "),
+        (at("stages", 0, "parts", 0, "model", value=None), "has outputs, but no model"),
+        (at("stages", 0, "parts", 0, "partials", value={}), "nothing uses"),
     ],
 )
 def test_a_wrong_manifest(whole: Path, tmp_path: Path, change: Any, message: str) -> None:

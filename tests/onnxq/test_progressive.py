@@ -78,7 +78,8 @@ CASES = [
 
 def quantized(proto: onnx.ModelProto, plan: Plan | None = None, **options) -> onnx.ModelProto:
     """A quantized model that holds its plan."""
-    result = onnxq.quantize(proto, plan=plan, **options)
+    settings = {} if plan else {"offset": "off", **options}
+    result = onnxq.quantize(proto, plan=plan, **settings)
     loaded = load(result.model)
     embed_plan(loaded, result.plan, equalized=options.get("equalize", False))
     return to_proto(loaded)
@@ -166,7 +167,7 @@ class TestRoundedOtherwise:
     """Integers and biases as planning on samples leaves them."""
 
     def plan(self) -> Plan:
-        plan = onnxq.quantize(NET, terms=1, activations="none").plan
+        plan = onnxq.quantize(NET, terms=1, activations="none", offset="off").plan
         rng = np.random.default_rng(0)
         for node in plan.quantized:
             out = plan.scales[node.name][0].size

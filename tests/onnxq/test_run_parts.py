@@ -155,6 +155,15 @@ def test_files_in_and_out(two: Path, tmp_path: Path, extra: dict[str, Array]) ->
 # --- what goes wrong
 
 
+@pytest.mark.parametrize("name", ["parts.json", "part0/stage00.onnx", "part1/new.npz"])
+def test_outputs_do_not_go_into_the_folder(two: Path, tmp_path: Path, name: str) -> None:
+    np.savez(tmp_path / "in.npz", **X)
+    before = {path: path.read_bytes() for path in two.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="lies in the folder of the parts"):
+        run_parts_file(two, tmp_path / "in.npz", two / "part0" / ".." / name)
+    assert before == {path: path.read_bytes() for path in two.rglob("*") if path.is_file()}
+
+
 @pytest.fixture
 def copied(two: Path, tmp_path: Path) -> Path:
     shutil.copytree(two, tmp_path / "out")

@@ -216,6 +216,28 @@ def test_a_damaged_cache_is_measured_again(pretend, damage):
     assert probes.calls == 2
 
 
+def test_damaged_times_are_measured_again(pretend):
+    """The advice would divide by them, or miss them."""
+    _, times = pretend()
+    first = measure()
+    whole = json.loads(cache_path().read_text())
+    kept = whole["ratios"]
+    for low in (0.0, -1.0, 0.4):  # 0.4: above the median
+        whole["ratios"] = [*kept[:-1], {**kept[-1], "ratio": {**kept[-1]["ratio"], "low": low}}]
+        cache_path().write_text(json.dumps(whole))
+        assert measure() == first
+    whole["ratios"] = kept[:1]
+    cache_path().write_text(json.dumps(whole))
+    assert measure() == first
+    assert times.calls == 5
+
+
+def test_a_cache_of_an_impossible_name_is_no_error(pretend, monkeypatch, tmp_path):
+    pretend()
+    monkeypatch.setenv("ONNXQ_CACHE", str(tmp_path / ("a" * 300)))
+    assert diagnose().cache is None
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(pretend, cache):
     probes, _ = pretend()
     cache.write_text("a file, where the folder should be")

@@ -156,6 +156,38 @@ def test_hard_swish_is_saturation_too() -> None:
     assert all(error(proto, after, feed) < 0.03 for feed in samples)
 
 
+def test_a_hard_sigmoid_beside_large_values() -> None:
+    """In the range of the Concat it would end far above 1."""
+    proto = between(
+        "h = HardSigmoid (t) c = Concat <axis = 1> (t, h, t, h) m, n = Split <axis = 1> (c) "
+        "u = Add (m, n)",
+        v=weights(4, 8, 1, 1),
+    )
+    feed = {"x": 20 * X}
+    after, plan = static(proto, [feed])
+    assert plan.ranges["h"][1] <= 1 < plan.ranges["c"][1]
+    assert error(proto, after, feed) < 0.03
+
+
+@pytest.mark.parametrize("size", [0.01, 1000.0])
+def test_a_hard_sigmoid_whose_level_does_not_fit_stays_float(size: float) -> None:
+    proto = between("u = HardSigmoid (t)", b=np.zeros(4, F))
+    after, _ = static(proto, [{"x": F(size) * X}])
+    assert "HardSigmoid" in ops(after)
+    unoptimized = (run(after, {"x": F(size) * X}, optimize=on)[0] for on in (True, False))
+    np.testing.assert_allclose(*unoptimized, rtol=0, atol=1e-6)
+
+
+def test_a_relu_beside_negative_values_costs_no_float_conv() -> None:
+    proto = between(
+        "o = Conv (x, v) r = Relu (o) c = Concat <axis = 1> (t, r) m, n = Split <axis = 1> (c) "
+        "u = Add (m, n)"
+    )
+    after, _ = static(proto, [{"x": X}])
+    assert ops(optimized(after)).count("QLinearConv") == 3
+    assert error(proto, after) < 0.03
+
+
 ENCODER = model(
     """g (float[n,5,8] x) => (float[n,5,8] y) {
         [norm] h = LayerNormalization <axis = -1> (x, one, zero)

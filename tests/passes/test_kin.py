@@ -16,7 +16,9 @@ SAME = 1e-5
 
 def quantized(proto: onnx.ModelProto, **options) -> onnx.ModelProto:
     settings = {"activations": "none", **options}
-    return onnxq.quantize(proto, **settings).model
+    return onnxq.quantize(
+        proto, **{"weight_bits": 4, "terms": 2, "offset": "off", **settings}
+    ).model
 
 
 def replaced(proto: onnx.ModelProto, name: str, array: np.ndarray) -> onnx.ModelProto:
@@ -84,7 +86,7 @@ def recurrent(op: str, gates: int) -> onnx.ModelProto:
 @pytest.mark.parametrize("activations", ["none", "dynamic"])
 def test_recurrent_weights_are_merged(op, gates, activations):
     proto = recurrent(op, gates)
-    result = onnxq.quantize(proto, activations=activations)
+    result = onnxq.quantize(proto, activations=activations, terms=2, offset="off")
     assert [node.name for node in result.plan.quantized] == ["rnn/W", "rnn/R"]
     assert all(node.layout == "merged" for node in result.plan.quantized)
     want = proto
@@ -108,7 +110,7 @@ def embedding() -> onnx.ModelProto:
 
 def test_embeddings_on_request():
     proto = embedding()
-    result = onnxq.quantize(proto, activations="none", embeddings=True)
+    result = onnxq.quantize(proto, activations="none", embeddings=True, terms=2, offset="off")
     assert [node.name for node in result.plan.quantized] == ["table", "fc"]
     t, w = weights(10, 8), weights(8, 4, seed=1)
     want = replaced(replaced(proto, "t", series_of(t, 2)), "w", series_of(w.T, 2).T)
@@ -116,7 +118,7 @@ def test_embeddings_on_request():
 
 
 def test_embeddings_are_left_alone_otherwise():
-    result = onnxq.quantize(embedding(), activations="none")
+    result = onnxq.quantize(embedding(), activations="none", terms=2)
     assert result.report.left_alone == {"table": "an embedding table; quantized with --embeddings"}
 
 
@@ -128,7 +130,7 @@ def test_a_constant_left_operand(block_size):
     made = quantized(proto, block_size=block_size)
     assert ops(made).count("MatMul") == 2
     assert_same(made, want)
-    kinds = {node.note for node in onnxq.quantize(proto).plan.quantized}
+    kinds = {node.note for node in onnxq.quantize(proto, terms=2).plan.quantized}
     assert kinds == {"constant left operand: float compute"}
 
 
@@ -152,7 +154,7 @@ def test_attention_products_are_left_alone_with_the_reason():
         }""",
         {"w": weights(3, 4)},
     )
-    report = onnxq.quantize(proto, activations="none").report
+    report = onnxq.quantize(proto, activations="none", terms=2).report
     assert report.left_alone == {"scores": "no constant operand"}
 
 

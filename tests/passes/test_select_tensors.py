@@ -150,13 +150,57 @@ def test_a_tensor_of_nan_is_refused() -> None:
         SearchRanges(fake(arrays))(Plan(nodes=[]), PAIR)
 
 
-@pytest.mark.parametrize("found", [(-1.0, 5.0), (0.0, 0.5), (-30.0, 0.0), (-3.0, 100.0)])
+@pytest.mark.parametrize("found", [(-1.0, 5.0), (0.0, 3.0), (-30.0, 0.0), (-3.0, 100.0)])
 def test_align(found: tuple[float, float]) -> None:
     low, high = align(found, -3.0)
     assert low <= min(found[0], -3.0) and high >= found[1]
     scale, zero = activation_params(low, high)
     steps = -3.0 / float(scale)
     assert abs(steps - round(steps)) < 1e-3 and zero + round(steps) >= 0
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        (-400.0, 400.0),  # one step is longer than 3
+        (-0.1, 0.1),  # the other readers would see a tenth of the levels
+        (-0.1, -0.02),
+    ],
+)
+def test_a_level_out_of_proportion_changes_nothing(found: tuple[float, float]) -> None:
+    assert align(found, -3.0) == found
+
+
+def test_a_level_that_a_tensor_cannot_reach_is_not_asked_for() -> None:
+    text = "g (float[2,4,6,6] x) => (float[2,4,6,6] y) { a = Conv (x, w) %s y = Conv (h, v) }"
+    relu = selected(model(text % "r = Relu (a) h = HardSigmoid (r)", W))
+    plain = selected(model(text % "h = HardSigmoid (a)", W))
+    assert [group.level for group in relu.groups] == [0.0] * 4
+    assert [group.level for group in plain.groups] == pytest.approx([0.0, -2.5, 0.0, 0.0])
+
+
+def test_what_saturates_does_not_take_a_wider_range() -> None:
+    beside = "c = Concat <axis = 1> (%s, r) p = MaxPool <kernel_shape = [1,1]> (c) y = Conv (p, u)"
+    ends = {"u": weights(4, 8, 1, 1)}
+    relu = "a = Conv (x, w) r = Relu (a) b = Conv (x, v) "
+    assert ("r",) in groups(relu + beside % "b", **ends)
+    both = groups(relu + "q = Relu (b) " + beside % "q", **ends)
+    assert {"c", "p", "q", "r"} in map(set, both)
+    gate = "a = Conv (x, w) r = HardSigmoid (a) b = Conv (x, v) "
+    assert ("r",) in groups(gate + beside % "b", **ends)
+
+
+def test_depthwise_in_parallel_layout() -> None:
+    proto = model(
+        """g (float[1,4,6,6] x) => (float[1,4,6,6] y) {
+            [deep] a = Conv <group = 4> (x, d)
+            [two] y = Conv (a, v)
+        }""",
+        {"d": weights(4, 1, 1, 1), "v": W["v"]},
+    )
+    found = selected(proto, bits=4, terms=2, layout="parallel")
+    assert "depthwise" in found.left["deep"]
+    assert [group.names for group in found.groups] == [("a",)]
 
 
 def test_bias_fits_into_int32_steps() -> None:

@@ -1,0 +1,127 @@
+"""Bits and terms where they buy most: a plan for a tolerance, a size or a latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from onnxq.calibration import Calibration
+from onnxq.candidates import EFFICIENT, Candidate
+from onnxq.errors import ConfigError
+from onnxq.feeds import Feed
+from onnxq.goal import Allocation, Goal, Infeasible
+from onnxq.model import Model
+from onnxq.plan import Plan
+from onnxq.search import TRIALS, Array, Progress, Refine, Search
+from onnxq.sensitivity import SAMPLES, Table, estimate, measure
+from onnxq.trial import Trial
+
+__all__ = ["Allocation", "Goal", "Infeasible", "allocate", "allocate_without_data", "split"]
+
+
+def split(samples: Iterable[Feed], *, refined: bool) -> tuple[Iterable[Feed], Iterable[Feed]]:
+    """(To fit on, to judge on). Sensitivity needs few samples; rounding to data most of them.
+
+    One sample is both.
+    """
+    kept = samples if isinstance(samples, Calibration) else list(samples)
+    count = len(kept)
+    if count < 2:
+        return kept, kept
+    judged = max(count // 4, 1) if refined else max(count - SAMPLES, count // 2)
+    if isinstance(kept, Calibration):
+        return kept.split(judged)
+    out = {(2 * i + 1) * count // (2 * judged) for i in range(judged)}
+    return [f for i, f in enumerate(kept) if i not in out], [kept[i] for i in sorted(out)]
+
+
+def allocate(
+    model: Model,
+    plan: Plan,
+    samples: Iterable[Feed],
+    goal: Goal,
+    *,
+    candidates: Sequence[Candidate] | None = None,
+    refine: Refine | None = None,
+    judge: Iterable[Feed] | None = None,
+    latency: Callable[[Table], Array] | None = None,
+    trials: int = TRIALS,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Allocation:
+    """Choose a candidate for each node, and correct the choice by measuring the whole model.
+
+    The error that each candidate has on its own is measured first; a knapsack is solved with their
+    sum as the error. The plan that comes out is tried on the whole model, and the sum that is
+    allowed is corrected by what was measured, until the smallest plan that keeps the goal is found.
+
+    Args:
+        model: canonical; only read.
+        plan: entries as selected; those that are left alone stay so.
+        samples: at least one, re-iterable.
+        goal: what is wanted.
+        candidates: what a node may be; `candidates.EFFICIENT` if not given.
+        refine: completes a plan before it is tried, e.g. rounds to data. It should see no sample of
+            `judge`.
+        judge: samples to measure on; a part of `samples` (see `split`) if not given.
+        latency: latencies [units, candidates] of a table, in any unit.
+        trials: how often the whole model is measured, at most.
+        threads: of onnxruntime.
+        progress: called with (what, done, total).
+
+    Raises:
+        Infeasible: the goal cannot be kept.
+        ConfigError: a latency is asked for without a table of them, or the tolerance is not one
+            for such a model.
+        ModelError, ValidationError: the model is too large, or does not run.
+    """
+    if latency is None and (goal.max_latency is not None or goal.minimize == "latency"):
+        raise ConfigError("--max-latency and --minimize latency need latencies that were measured")
+    if judge is None:
+        samples, judge = split(samples, refined=refine is not None)
+    table = measure(
+        model,
+        plan,
+        candidates or EFFICIENT,
+        samples,
+        threads=threads,
+        progress=progress,
+    )
+    with Trial(model, judge, threads) as trial:
+        table = trial.exact_bytes(table, plan)
+        search = Search(
+            model,
+            plan,
+            goal,
+            table,
+            trial,
+            refine=refine,
+            latency=None if latency is None else latency(table),
+            most_trials=trials,
+            progress=progress,
+        )
+        return search.least_error() if goal.minimize == "error" else search.least_cost()
+
+
+def allocate_without_data(
+    model: Model,
+    plan: Plan,
+    goal: Goal,
+    *,
+    candidates: Sequence[Candidate] | None = None,
+) -> Allocation:
+    """The same from the weights alone: nothing is run, and the error is an estimate.
+
+    The tolerance is stated as an energy of the error (`Tolerance.energy`), the sum over nodes of
+    the relative energy of each weight's own error.
+
+    Raises:
+        Infeasible: the goal cannot be kept by the estimate.
+        ConfigError: a latency is asked for.
+    """
+    if goal.max_latency is not None or goal.minimize == "latency":
+        raise ConfigError("latencies are measured on samples: add --calibration")
+    table = estimate(model, plan, candidates or EFFICIENT)
+    with Trial(model, ()) as trial:
+        table = trial.exact_bytes(table, plan)
+        search = Search(model, plan, goal, table, trial, most_trials=0)
+        return search.by_estimate()

@@ -1,0 +1,156 @@
+"""What may be done to a node, to choose from: settings of its plan, with their cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError as Invalid
+
+from onnxq.model import Model
+from onnxq.passes.search_scales import match_plan
+from onnxq.passes.select_nodes import default_series
+from onnxq.passes.stored_terms import stored_bits
+from onnxq.passes.weights import Weight
+from onnxq.plan import NodePlan, Plan
+
+FLOAT_BYTES = 4
+# What a term takes in the file beside its numbers: names, a Cast, a Mul, constants' headers. It
+# depends on the lengths of names; what it really is, is found by writing small models.
+TERM_OVERHEAD = 300
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A change of a node's plan.
+
+    Attributes:
+        name: what reports call it.
+        change: fields of NodePlan and their values. `bits` and `terms` alone leave the kind of
+            series to the number of terms; an empty change with `quantized` False leaves the node
+            in float.
+    """
+
+    name: str
+    change: Mapping[str, Any] = field(default_factory=dict)
+    quantized: bool = True
+
+    def apply(self, entry: NodePlan, weight: Weight) -> NodePlan | None:
+        """The entry with this change, or None where the node cannot have it."""
+        if not self.quantized:
+            return entry.model_copy(update={"reason": "left in float: its error costs the most"})
+        changed = dict(self.change)
+        if "series" not in changed and entry.series != "joint":
+            changed["series"] = default_series(int(changed.get("terms", entry.terms)))
+        block = changed.get("block_size", entry.block_size)
+        changed["granularity"] = "per_block" if block else _coarse(entry)
+        changed["block_size"] = block
+        if block and block >= weight.size // weight.out:
+            return None  # a block as long as a row is one scale per channel
+        try:
+            return NodePlan.model_validate({**entry.model_dump(), **changed})
+        except Invalid:
+            return None
+
+
+def bits(number: int, *, terms: int = 1, block_size: int | None = None) -> Candidate:
+    """Terms of so many bits, one scale per output channel or per block."""
+    name = f"{number}x{terms}" + (f"/{block_size}" if block_size else "")
+    return Candidate(name, {"bits": number, "terms": terms, "block_size": block_size})
+
+
+LEFT_IN_FLOAT = Candidate("float", quantized=False)
+
+# Bits are stored as 4 or 8, so that 2, 3 and 5 to 7 take the space of more exact ones, and two
+# terms of four bits that of one of eight, which is more exact too: none of them is ever the best
+# in bytes. Blocks lie between the two: a scale of 32 bits for 64, 32 or 16 weights.
+EFFICIENT: tuple[Candidate, ...] = (
+    bits(4),
+    bits(4, block_size=64),
+    bits(4, block_size=32),
+    bits(4, block_size=16),
+    bits(8),
+    bits(4, terms=3),
+    bits(8, terms=2),
+    LEFT_IN_FLOAT,
+)
+
+
+# Integer compute takes a product per term, so that three terms of 4 bits, though smaller, are slower
+# than two of 8; and it has no blocks.
+INTEGER: tuple[Candidate, ...] = (bits(4), bits(8), bits(8, terms=2), LEFT_IN_FLOAT)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What must be decided as one: the entries whose nodes read the same weight in the same way."""
+
+    entries: tuple[NodePlan, ...]
+    weight: Weight
+
+    @property
+    def name(self) -> str:
+        """The first entry's."""
+        return self.entries[0].name
+
+    def apply(self, candidate: Candidate) -> tuple[NodePlan, ...] | None:
+        """The entries changed, or None if one of them cannot be."""
+        changed = [candidate.apply(entry, self.weight) for entry in self.entries]
+        return None if None in changed else tuple(entry for entry in changed if entry is not None)
+
+
+def units(model: Model, plan: Plan) -> list[Unit]:
+    """The planned nodes, in graph order, those with a common weight together."""
+    found: dict[tuple[object, ...], list[tuple[NodePlan, Weight]]] = {}
+    for entry, (_, weight) in match_plan(model, plan):
+        key = (id(weight.tensor), weight.split, weight.out_axes)
+        found.setdefault(key, []).append((entry, weight))
+    return [Unit(tuple(e for e, _ in group), group[0][1]) for group in found.values()]
+
+
+def stored_bytes(entry: NodePlan, weight: Weight) -> int:
+    """What an entry's weight takes in the file: packed integers, scales and their nodes."""
+    if not entry.quantized:
+        return FLOAT_BYTES * weight.size
+    rows, length = weight.out, weight.size // weight.out
+    scales = 1 if entry.granularity == "per_tensor" else rows
+    if entry.block_size:
+        block = min(entry.block_size, length)
+        blocks = -(-length // block)
+        scales, length = rows * blocks, blocks * block
+    integers = -(-rows * length * stored_bits(entry.bits) // 8)
+    return entry.terms * (integers + FLOAT_BYTES * scales + TERM_OVERHEAD)
+
+
+def products(entry: NodePlan, weight: Weight) -> int:
+    """Multiplications per place at which the weight is applied; integer ones count a quarter.
+
+    Merged or stored for float compute, any number of terms is one product.
+    """
+    if not entry.quantized or entry.activations == "none":
+        parallel = entry.quantized and entry.layout == "parallel"
+        return 4 * weight.size * (entry.terms if parallel else 1)
+    terms = 1 if entry.layout == "merged" else entry.terms
+    if entry.products == "all":
+        count = terms * entry.activation_terms
+    elif entry.products == "triangular":
+        most = max(terms, entry.activation_terms) + 1
+        pairs = np.add.outer(np.arange(1, terms + 1), np.arange(1, entry.activation_terms + 1))
+        count = int(np.sum(pairs <= most))
+    else:
+        count = min(entry.products, terms * entry.activation_terms)
+    return weight.size * count
+
+
+def applicable(unit: Unit, candidates: Sequence[Candidate]) -> Iterator[tuple[int, Any]]:
+    """The candidates that the unit can have: (index, changed entries)."""
+    for index, candidate in enumerate(candidates):
+        entries = unit.apply(candidate)
+        if entries is not None:
+            yield index, entries
+
+
+def _coarse(entry: NodePlan) -> str:
+    return "per_channel" if entry.granularity == "per_block" else entry.granularity

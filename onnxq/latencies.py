@@ -1,0 +1,276 @@
+"""How long each node takes with each candidate, as shares of the float model's latency."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.errors import CalibrationError, ConfigError, ValidationError
+from onnxq.excerpts import Excerpts, Place
+from onnxq.feeds import Feed
+from onnxq.model import Model
+from onnxq.observing import observer
+from onnxq.passes.search_scales import match_plan
+from onnxq.plan import Plan
+from onnxq.sensitivity import Table
+from onnxq.stopwatch import Runner, Timer
+from onnxq.trial import Trial
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str, int, int], None]
+Clock = Callable[[], float]
+
+ROUNDS = 15
+SECONDS = 60.0
+_FOR_SHARES = 0.25  # of the time, for what each float node has in the whole model
+_RATIO = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*x\s*", re.IGNORECASE)
+
+
+def parse_latency(text: str) -> float:
+    """`0.5x`, half of the float model's latency, as 0.5: what `Goal.max_latency` takes.
+
+    Raises:
+        ConfigError: the text is not of this form, or 0.
+    """
+    found = _RATIO.fullmatch(text)
+    ratio = float(found[1]) if found else 0.0
+    if ratio <= 0:
+        raise ConfigError(f"--max-latency {text!r}: give it relative to the float model's, as 0.5x")
+    return ratio
+
+
+@dataclass(frozen=True, eq=False)
+class Latencies:
+    """Of the units and candidates of a table; all relative to the whole float model's latency.
+
+    Attributes:
+        nodes: float64 [units, candidates]; inf where a unit cannot have a candidate.
+        rest: what the float model does beside these nodes.
+        float_seconds: of one run of the float model, median.
+        notes: what was not measured, one line each, for the user.
+    """
+
+    nodes: Array
+    rest: float
+    float_seconds: float
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> Array:
+        """The latencies whose sum over the units is that of the whole model, the rest included.
+
+        The rest is spread evenly: it is the same whatever is chosen. So the bound of
+        `Goal.max_latency` and what `Allocation.latency` says are ratios to the float model.
+        """
+        return self.nodes + self.rest / max(len(self.nodes), 1)
+
+
+@dataclass(eq=False)
+class MeasureLatencies:
+    """What `allocate` takes as `latency`: measures when called, and keeps what it found.
+
+    Args: as for `node_latencies`.
+    """
+
+    model: Model
+    feed: Feed
+    threads: int | None = None
+    rounds: int = ROUNDS
+    seconds: float = SECONDS
+    progress: Progress | None = None
+    found: Latencies | None = field(default=None, init=False)
+
+    def __call__(self, table: Table) -> Array:
+        """`Latencies.table` of a table."""
+        self.found = node_latencies(
+            self.model,
+            table,
+            self.feed,
+            threads=self.threads,
+            rounds=self.rounds,
+            seconds=self.seconds,
+            progress=self.progress,
+        )
+        return self.found.table()
+
+
+def node_latencies(
+    model: Model,
+    table: Table,
+    feed: Feed,
+    *,
+    threads: int | None = None,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
+    clock: Clock = time.perf_counter,
+    progress: Progress | None = None,
+) -> Latencies:
+    """Time each node with each candidate, cut out of the model that the candidate makes.
+
+    A node is cut out with the bias and the activation that onnxruntime fuses with it, and runs on
+    the shapes that `feed` gives it. Shares of the float nodes in the float model's latency come
+    from rounds that run the whole model and each of its nodes; the candidate's ratio to the float
+    node from rounds that run the two. The empty run of a session is subtracted. What differs in
+    weights alone, also after onnxruntime's optimization, is timed once: of float compute hardly
+    anything is left to time.
+
+    Activations that several nodes quantize together count for each of them, and so do changes of
+    layout that onnxruntime makes once for neighbours. If the nodes alone take longer than the
+    model, all are made shorter alike. Nodes in bodies of If, Loop and Scan and nodes that do not
+    run alone are taken to need the mean time per product.
+
+    Args:
+        model: canonical; only read.
+        table: made from it.
+        feed: one sample.
+        threads: of onnxruntime.
+        rounds: of each comparison.
+        seconds: for all comparisons together, about; each has at least three rounds.
+        clock: seconds.
+        progress: called with ("latency", done, total).
+
+    Raises:
+        CalibrationError: the model does not run on the feed.
+        ValidationError: the model does not load.
+        ConfigError: the table was made for another model, or holds static activations.
+    """
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder, Trial(model, (), threads) as trial:
+        timer = Timer(Path(folder) / "optimized.onnx", threads, rounds, clock)
+        nodes = _Nodes(model, table, feed, trial.write(Plan(nodes=[])), timer)
+        steps = len(table.candidates) + 1
+        if progress is not None:
+            progress("latency", 0, steps)
+        whole = Runner(trial.reference, feed)
+        float_seconds = nodes.measure_shares(whole, _FOR_SHARES * seconds)
+        found = np.where(np.isfinite(table.products), np.nan, np.inf)
+        each = (1 - _FOR_SHARES) * seconds / max(nodes.distinct * (len(table.candidates) - 1), 1)
+        for option, candidate in enumerate(table.candidates):
+            if progress is not None:
+                progress("latency", option + 1, steps)
+            there = [u for u in range(len(table.units)) if (u, option) in table.entries]
+            if not candidate.quantized:
+                found[there, option] = [nodes.share(u) for u in there]
+                continue
+            made = Excerpts(trial.write(_alone(table, option, there)))
+            for unit in there:
+                found[unit, option] = nodes.time(unit, made, each)
+        if progress is not None:
+            progress("latency", steps, steps)
+    base = np.array([nodes.share(u) for u in range(len(table.units))])
+    return _scaled(table, found, base, float_seconds)
+
+
+def _alone(table: Table, option: int, there: Sequence[int]) -> Plan:
+    """Every unit that can have it with one candidate."""
+    plan = Plan(nodes=[entry for unit in there for entry in table.entries[unit, option]])
+    for unit in there:
+        for entry in table.entries[unit, option]:
+            if entry.quantized:
+                plan.scales[entry.name] = table.scales[unit, option]
+    return plan
+
+
+def _scaled(table: Table, found: Array, base: Array, float_seconds: float) -> Latencies:
+    """With estimates for what could not be timed, and no more than the whole in sum."""
+    float_products = np.array(
+        [4.0 * unit.weight.size * len(unit.entries) for unit in table.units], np.float64
+    )
+    known = np.isfinite(base) & (base > 0)
+    per_product = float(base[known].sum() / float_products[known].sum()) if known.any() else 0.0
+    if not known.any() and len(base):
+        per_product = 1.0 / float(float_products.sum())
+    missing = np.isnan(found)
+    found = np.where(missing, table.products * per_product, found)
+    base = np.where(np.isfinite(base), base, float_products * per_product)
+    factor = 1.0 / max(float(base.sum()), 1.0)
+    names = [table.units[u].name for u in np.flatnonzero(missing.any(axis=1))]
+    notes = []
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        notes.append(f"latency estimated from products, not measured: {', '.join(names[:3])}{more}")
+    rest = max(1.0 - float(base.sum()) * factor, 0.0)
+    return Latencies(found * factor, rest, float_seconds, tuple(notes))
+
+
+class _Nodes:
+    """The float nodes of a table's units, each distinct one opened once."""
+
+    def __init__(
+        self, model: Model, table: Table, feed: Feed, written: bytes | Path, timer: Timer
+    ) -> None:
+        self._table, self._timer = table, timer
+        sites = match_plan(model, Plan(nodes=[e for unit in table.units for e in unit.entries]))
+        self._names = {entry.name: where.node.name for entry, (where, _) in sites}
+        self._sharing = Counter(self._names.values())  # recurrent nodes are two entries each
+        inner = {entry.name for entry, (where, _) in sites if where.inner}
+        excerpts = Excerpts(written)
+        places = {e: excerpts.place(n) for e, n in self._names.items() if e not in inner}
+        self._places = {name: place for name, place in places.items() if place is not None}
+        inputs = dict.fromkeys(i for place in self._places.values() for i in place.inputs)
+        observe = observer(model, [feed], _fails)
+        self._values = dict(next(iter(observe(list(inputs))))) if inputs else {}
+        self._floats: dict[Hashable, Runner] = {}
+        self._kinds: dict[str, Hashable] = {}
+        for name, place in self._places.items():
+            cut = excerpts.cut(place, self._values)
+            kind = None if cut is None else timer.kind(cut, self._of(place))
+            if kind is None or cut is None:
+                continue
+            self._kinds[name] = kind
+            if kind not in self._floats:
+                self._floats[kind] = timer.runner(cut, self._of(place))
+
+    def _of(self, place: Place) -> dict[str, Array]:
+        return {name: self._values[name] for name in place.inputs}
+
+    @property
+    def distinct(self) -> int:
+        """How many nodes differ."""
+        return len(self._floats)
+
+    def measure_shares(self, whole: Runner, seconds: float) -> float:
+        """Find what part of the whole model each node takes; returns the seconds of the whole."""
+        times = self._timer.times([whole, *self._floats.values()], seconds)
+        medians = np.median(times / times[:, :1], axis=0)
+        self._shares = dict(zip(self._floats, map(float, medians[1:]), strict=True))
+        return float(np.median(times[:, 0]))
+
+    def share(self, unit: int) -> float:
+        """A unit's part of the float model's latency; nan if it cannot be timed."""
+        return float(sum(self._share(entry.name) for entry in self._table.units[unit].entries))
+
+    def _share(self, name: str) -> float:
+        kind = self._kinds.get(name)
+        return np.nan if kind is None else self._shares[kind] / self._sharing[self._names[name]]
+
+    def time(self, unit: int, made: Excerpts, seconds: float) -> float:
+        """The same of a unit as it is in another model."""
+        return float(
+            sum(
+                self._share(entry.name) * self._ratio(entry.name, made, seconds)
+                for entry in self._table.units[unit].entries
+            )
+        )
+
+    def _ratio(self, name: str, made: Excerpts, seconds: float) -> float:
+        reference = self._kinds.get(name)
+        if reference is None:
+            return np.nan
+        place = self._places[name]
+        cut = made.cut(place, self._values)
+        if cut is None:
+            return np.nan
+        float_node = self._floats[reference]
+        return self._timer.ratio((reference, float_node), cut, self._of(place), seconds)
+
+
+def _fails(_index: int, error: ValidationError) -> CalibrationError:
+    return CalibrationError(f"latencies: the float model fails on the sample: {error}")

@@ -1,0 +1,282 @@
+"""Which plan is tried next, from what the plans before it turned out to be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.candidates import FLOAT_BYTES
+from onnxq.goal import Allocation, Goal, Infeasible
+from onnxq.knapsack import Limit, choose, total
+from onnxq.meter import Measured
+from onnxq.model import Model
+from onnxq.plan import Plan
+from onnxq.sensitivity import Table
+from onnxq.tolerance import Tolerance
+from onnxq.trial import Trial
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str, int, int], None]
+Refine = Callable[[Model, Plan], Plan]
+
+TRIALS = 8
+# Standard errors above the mean at which the tolerance must still be kept: what comes out on
+# other samples is above the mean of these half of the time.
+DEVIATIONS = 1.0
+_ENOUGH = 0.8  # share of the tolerance that is not worth looking for a smaller plan
+_AIM = 0.9  # share of the tolerance that is aimed at
+_CLOSE = 1.05  # budgets nearer than this are not worth another trial
+_STEP = 30.0  # largest change of the budget from one trial to the next
+
+
+@dataclass(eq=False)
+class _Tried:
+    chosen: tuple[int, ...]
+    predicted: float
+    plan: Plan
+    size: int
+    measured: Measured | None
+
+
+@dataclass(eq=False)
+class Search:
+    """Plans for one table, the most promising first, each tried at most once.
+
+    With `most_trials` 0 nothing is run: plans have the error that the table predicts.
+    """
+
+    model: Model
+    base: Plan
+    goal: Goal
+    table: Table
+    trial: Trial
+    refine: Refine | None = None
+    latency: Array | None = None
+    most_trials: int = TRIALS
+    progress: Progress | None = None
+    tried: dict[tuple[int, ...], _Tried] = field(default_factory=dict)
+
+    def least_cost(self) -> Allocation:
+        """The smallest or fastest plan that keeps the tolerance."""
+        tolerance = self._tolerance()
+        kept: _Tried | None = None
+        budget = tolerance.limit ** (1 / tolerance.power)
+        low, high = 0.0, float("inf")  # budgets known to keep it, and not to
+        while len(self.tried) < self.most_trials:
+            before = len(self.tried)
+            tried = self._try(self._cheapest(budget))
+            loss = tolerance.loss(self._known(tried)).upper(DEVIATIONS)
+            if loss <= tolerance.limit:
+                if kept is None or self._cost(tried.chosen) <= self._cost(kept.chosen):
+                    kept = tried
+                low = max(low, budget)
+                enough = loss >= _ENOUGH * tolerance.limit
+                if enough or tried.chosen == self._cheapest(float("inf")):
+                    break
+            else:
+                high = min(high, tried.predicted, budget)
+                if tried.chosen == self._finest():
+                    break
+            known_before = len(self.tried) == before
+            budget = _next(tried.predicted or budget, loss, tolerance, (low, high))
+            if (low and high / low < _CLOSE) or (known_before and low and high < float("inf")):
+                break
+        if kept is None:
+            raise self._infeasible(f"{tolerance} cannot be kept")
+        if not kept.plan.quantized:
+            raise self._infeasible(f"{tolerance} is only kept by the float model", kept)
+        self._check_bounds(kept)
+        return self._allocation(kept)
+
+    def least_error(self) -> Allocation:
+        """The most exact plan within size and latency."""
+        best = self._within_size()
+        tolerance = self.goal.tolerance
+        if tolerance is not None and not tolerance.met(self._known(best)):
+            raise self._infeasible(f"{tolerance} cannot be kept within the size or latency", best)
+        return self._allocation(best)
+
+    def by_estimate(self) -> Allocation:
+        """One solution, not measured."""
+        if self.goal.minimize == "error":
+            return self._allocation(self._within_size())
+        energy = self._tolerance().energy
+        found = self._sized(self._cheapest(energy))
+        if found.predicted > energy:
+            raise self._infeasible(f"{self.goal.tolerance} cannot be kept by the estimate", found)
+        self._check_bounds(found)
+        return self._allocation(found)
+
+    def _within_size(self) -> _Tried:
+        weights = sum(unit.weight.size for unit in self.table.units)
+        rest = float(self.trial.float_bytes - FLOAT_BYTES * weights)
+        bound = self.goal.max_bytes or float("inf")
+        best: _Tried | None = None
+        for _ in range(4):
+            tried = self._try(self._most_exact(rest) or self._smallest())
+            if tried.size <= bound and (best is None or self._better(tried, best)):
+                best = tried
+            seen = tried.size - total(self.table.bytes, tried.chosen)
+            if tried.size <= bound and abs(seen - rest) <= 0.005 * tried.size:
+                break
+            rest = seen
+        if best is None:
+            raise self._infeasible(f"{self.goal.max_bytes} bytes cannot be kept", self._least())
+        if not self._fast_enough(best):
+            raise self._infeasible(f"latency {self.goal.max_latency:g} cannot be kept", best)
+        return self._or_uniform(best)
+
+    def _fast_enough(self, tried: _Tried) -> bool:
+        most = self.goal.max_latency
+        return most is None or self.latency is None or total(self.latency, tried.chosen) <= most
+
+    def _least(self) -> _Tried:
+        return min(self.tried.values(), key=lambda tried: tried.size)
+
+    def _smallest(self) -> tuple[int, ...]:
+        """The cheapest choice, whatever its error."""
+        costs = self.table.bytes if self.latency is None else self.latency
+        return _argmin(costs)
+
+    def _or_uniform(self, best: _Tried) -> _Tried:
+        """The plan, or the most exact one with the same candidate everywhere, if that is better."""
+        bound = self.goal.max_bytes
+        if bound is None or best.measured is None or self.latency is not None:
+            return best
+        for option in np.argsort(self.table.error.sum(axis=0)):
+            there = np.isfinite(self.table.error[:, option])
+            same = tuple(
+                int(o) for o in np.where(there, option, np.argmin(self.table.bytes, axis=1))
+            )
+            if total(self.table.bytes, same) <= best.size:
+                tried = self._try(same)
+                if tried.size <= bound and self._better(tried, best):
+                    return tried
+                return best
+        return best
+
+    def _better(self, one: _Tried, other: _Tried) -> bool:
+        if one.measured is None or other.measured is None:
+            return one.predicted < other.predicted
+        if self.goal.tolerance is not None:
+            loss = self.goal.tolerance.loss
+            return loss(one.measured).value < loss(other.measured).value
+        return one.measured.energy.value < other.measured.energy.value
+
+    def _tolerance(self) -> Tolerance:
+        assert self.goal.tolerance is not None
+        return self.goal.tolerance
+
+    def _costs(self) -> Array:
+        if self.goal.minimize == "latency":
+            assert self.latency is not None
+            return self.latency
+        return self.table.bytes
+
+    def _cost(self, chosen: tuple[int, ...]) -> float:
+        return total(self._costs(), chosen)
+
+    def _limits(self, rest: float = 0.0) -> list[Limit]:
+        limits = []
+        if self.goal.max_bytes is not None and self.goal.minimize != "size":
+            limits.append(Limit(self.table.bytes, self.goal.max_bytes - rest))
+        if self.goal.max_latency is not None and self.latency is not None:
+            limits.append(Limit(self.latency, self.goal.max_latency))
+        return limits
+
+    def _cheapest(self, budget: float) -> tuple[int, ...]:
+        error = self.table.error
+        within = [] if np.isinf(budget) else [Limit(error, budget)]
+        return choose(self._costs(), [*within, *self._limits()]) or self._finest()
+
+    def _most_exact(self, rest: float) -> tuple[int, ...] | None:
+        return choose(self.table.error, self._limits(rest))
+
+    def _finest(self) -> tuple[int, ...]:
+        """The most exact that stays quantized, at any cost."""
+        quantized = [c.quantized for c in self.table.candidates]
+        error = np.where(quantized, self.table.error, np.inf)
+        alone = ~np.isfinite(error).any(axis=1)
+        error[alone] = self.table.error[alone]
+        return _argmin(error)
+
+    def _try(self, chosen: tuple[int, ...]) -> _Tried:
+        if chosen in self.tried:
+            return self.tried[chosen]
+        if self.most_trials == 0:
+            return self._sized(chosen)
+        if self.progress is not None:
+            self.progress("allocation", len(self.tried), self.most_trials)
+        plan = self.table.plan(self.base, chosen)
+        if self.refine is not None:
+            plan = self.refine(self.model, plan)
+        measured, size = self.trial(plan)
+        predicted = total(self.table.error, chosen)
+        self.tried[chosen] = _Tried(chosen, predicted, plan, size, measured)
+        return self.tried[chosen]
+
+    def _sized(self, chosen: tuple[int, ...]) -> _Tried:
+        plan = self.table.plan(self.base, chosen)
+        predicted = total(self.table.error, chosen)
+        return _Tried(chosen, predicted, plan, self.trial.size(plan), None)
+
+    def _known(self, tried: _Tried) -> Measured:
+        assert tried.measured is not None
+        return tried.measured
+
+    def _check_bounds(self, found: _Tried) -> None:
+        bound = self.goal.max_bytes
+        if bound is not None and found.size > bound:
+            raise self._infeasible(
+                f"{self.goal.tolerance} cannot be kept in {bound} bytes: {found.size} are needed",
+                found,
+            )
+
+    def _infeasible(self, what: str, closest: _Tried | None = None) -> Infeasible:
+        if closest is None:
+            closest = next(iter(self.tried.values()))
+            for tried in self.tried.values():
+                closest = tried if self._better(tried, closest) else closest
+        found = [f"{closest.size} bytes"]
+        if closest.measured is not None:
+            shown = self.goal.tolerance or Tolerance(kind="error", number=1)
+            found.append(shown.shown(closest.measured))
+        return Infeasible(f"{what}; the closest is {', '.join(found)}", self._allocation(closest))
+
+    def _allocation(self, found: _Tried) -> Allocation:
+        names = [self.table.candidates[option].name for option in found.chosen]
+        return Allocation(
+            plan=found.plan,
+            measured=found.measured,
+            predicted=found.predicted,
+            size=found.size,
+            latency=None if self.latency is None else total(self.latency, found.chosen),
+            chosen=dict(Counter(names).most_common()),
+            trials=tuple((t.size, t.measured) for t in self.tried.values() if t.measured),
+            stated=self.table.stated,
+        )
+
+
+def _next(
+    predicted: float, loss: float, tolerance: Tolerance, bracket: tuple[float, float]
+) -> float:
+    """The budget to try next: what the last trial tells, or the middle where that is outside."""
+    low, high = bracket
+    factor = _STEP if loss <= 0 else (_AIM * tolerance.limit / loss) ** (1 / tolerance.power)
+    if not np.isfinite(loss):
+        factor = 1 / _STEP
+    wanted = predicted * float(np.clip(factor, 1 / _STEP, _STEP))
+    if low < wanted < high:
+        return wanted
+    if low == 0:
+        return min(wanted, high / 2)
+    return float(np.sqrt(low * high)) if np.isfinite(high) else max(wanted, low * 1.5)
+
+
+def _argmin(values: Array) -> tuple[int, ...]:
+    return tuple(int(option) for option in np.argmin(values, axis=1))
