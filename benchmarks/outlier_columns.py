@@ -4,7 +4,8 @@ Weights of 8 bits in one term. Nodes that read one tensor are taken together: a 
 share what is quantized. Groups are ordered by what each gains alone (from 1 - cosine of the
 sentence embeddings, the others as they are) per cost: for a second term its products, for outlier
 columns the elements that the extra passes read and write. Then as many as a row says get it, the
-most worthwhile first. Columns are chosen on random token ids, not on the sequences judged.
+most worthwhile first; `both` has columns wherever they pay from the start, and adds second terms.
+Columns are chosen on random token ids, not on the sequences judged.
 
 Latency: CPU time of one thread, interleaved, median ratio to float; 16 sequences of 64 tokens.
 
@@ -91,11 +92,21 @@ def _embeddings(session: ort.InferenceSession, feed: Feed) -> Array:
 
 @dataclass(frozen=True)
 class Method:
-    """A change of each group of nodes, and what it costs there, in any unit."""
+    """A change of each group of nodes, from what plan, and what it costs there, in any unit."""
 
     name: str
+    base: Plan
     changes: dict[str, Update]
     cost: Callable[[list[NodePlan]], float]
+
+    def plan(self, groups: list[list[str]]) -> Plan:
+        """The plan with the changes for the nodes of some groups."""
+        names = {name for group in groups for name in group}
+        nodes = [
+            node.model_copy(update=self.changes.get(node.name, {})) if node.name in names else node
+            for node in self.base.nodes
+        ]
+        return self.base.model_copy(update={"nodes": nodes})
 
 
 @dataclass(frozen=True)
@@ -119,25 +130,16 @@ class Task:
         feed = samples(PATH.stem, 16)
         return cls(plan, list(groups.values()), feed, _embeddings(_session(None), feed))
 
-    def changed(self, groups: list[list[str]], changes: dict[str, Update]) -> Plan:
-        """The plan with the changes for the nodes of some groups."""
-        names = {name for group in groups for name in group}
-        nodes = [
-            node.model_copy(update=changes.get(node.name, {})) if node.name in names else node
-            for node in self.plan.nodes
-        ]
-        return self.plan.model_copy(update={"nodes": nodes})
-
     def cosines(self, session: ort.InferenceSession, count: int = 16) -> Array:
         feed = {key: value[:count] for key, value in self.feed.items()}
         return np.asarray((_embeddings(session, feed) * self.reference[:count]).sum(1))
 
     def order(self, method: Method) -> list[list[str]]:
         """The groups, the most worthwhile first."""
-        base = self.cosines(_session(self.plan), JUDGED_ALONE).mean()
+        base = self.cosines(_session(method.base), JUDGED_ALONE).mean()
 
         def worth(group: list[str]) -> float:
-            found = self.cosines(_session(self.changed([group], method.changes)), JUDGED_ALONE)
+            found = self.cosines(_session(method.plan([group])), JUDGED_ALONE)
             return float((found.mean() - base) / method.cost([self.plan[name] for name in group]))
 
         worths = [worth(group) for group in self.groups]
@@ -149,9 +151,11 @@ class Task:
         chosen = ChooseOutliers(observe)(model, self.plan)
         columns = {n.name: {"outliers": n.outliers} for n in chosen.nodes if n.outliers}
         names = [name for group in self.groups for name in group]
+        second = dict.fromkeys(names, SECOND_TERM)
         return (
-            Method("outlier columns", columns, _elements),
-            Method("second term, 7 bits", dict.fromkeys(names, SECOND_TERM), _products),
+            Method("columns", self.plan, columns, _elements),
+            Method("second term", self.plan, second, _products),
+            Method("both", chosen, second, _products),
         )
 
 
@@ -166,16 +170,17 @@ def _elements(group: list[NodePlan]) -> float:
 def main(
     steps: Annotated[str, typer.Option(help="Numbers of groups, of 24.")] = "0,6,12,18,24",
     rounds: Annotated[int, typer.Option(help="Interleaved timing rounds.")] = 8,
+    methods: Annotated[str, typer.Option(help="Some of them.")] = "columns,second term,both",
 ) -> None:
     if not PATH.exists():
         print(f"skipped: {PATH} is not there (set ONNXQ_REAL)")
         sys.exit(0)
     task = Task.make()
     sessions, rows = [_session(None)], []
-    for method in task.methods():
+    for method in (m for m in task.methods() if m.name in methods.split(",")):
         order = task.order(method)
         for step in map(int, steps.split(",")):
-            sessions.append(_session(task.changed(order[:step], method.changes)))
+            sessions.append(_session(method.plan(order[:step])))
             nodes = sum(name in method.changes for group in order[:step] for name in group)
             found = task.cosines(sessions[-1])
             rows.append([method.name, str(nodes), f"{found.mean():.5f}", f"{found.min():.5f}"])

@@ -220,7 +220,7 @@ def _draw(found: list[Curve], picture: Path) -> None:
 
     mpl.rcParams["svg.fonttype"] = "none"  # text stays text
     whats = list(dict.fromkeys(curve.what for curve in found))
-    figure = Figure(figsize=(4 * len(whats), 4), layout="constrained")
+    figure = Figure(figsize=(4 * len(whats), 3.5), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots(1, len(whats), sharey=True, squeeze=False)[0]
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(c.model for c in found))}
@@ -230,11 +230,13 @@ def _draw(found: list[Curve], picture: Path) -> None:
             style = {4: "-o", 2: "--s"}.get(curve.bits, ":^")
             label = f"{curve.model}, {curve.bits} bits"
             axis.semilogy(terms, curve.errors, style, color=colours[curve.model], label=label)
-        axis.set(title=f"terms of {what}", xlabel="terms")
-        axis.grid(visible=True, alpha=0.3)
+        most = max(len(curve.errors) for curve in found if curve.what == what)
+        axis.set(title=f"terms of {what}", xlabel="terms", xticks=range(1, most + 1))
+        axis.grid(visible=True, axis="y", alpha=0.3)
     axes[0].set_ylabel("relative error of the output")
-    axes[0].legend(fontsize=7)
-    figure.savefig(picture)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, loc="outside right center")
+    figure.savefig(picture, metadata={"Date": None})
 
 
 if __name__ == "__main__":

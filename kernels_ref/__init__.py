@@ -1,6 +1,7 @@
 """The arithmetic of onnxq, in numpy alone."""
 
 from onnxq.kernels_ref.affine_fit import fit_affine, keep_if_better
+from onnxq.kernels_ref.beam import beam_width, round_beam
 from onnxq.kernels_ref.centre import split_centre
 from onnxq.kernels_ref.clip_search import CLIP_RATIOS, ClipMeasure, OutputSamples, search_clip
 from onnxq.kernels_ref.descent import descend
@@ -67,6 +68,7 @@ __all__ = [
     "absmax_scale",
     "activation_params",
     "affine_params",
+    "beam_width",
     "conv",
     "conv_integer",
     "conv_patches",
@@ -90,6 +92,7 @@ __all__ = [
     "reduce_absmax",
     "relative_error",
     "restore",
+    "round_beam",
     "round_second_order",
     "round_second_order_clipped",
     "scale_shape",

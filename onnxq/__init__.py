@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ValidationError,
     )
     from onnxq.folding import FoldReport, FoldResult, fold
+    from onnxq.goal import Infeasible
     from onnxq.images import ImageOptions
     from onnxq.inspection import Inspection, inspect
     from onnxq.options import Options
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from onnxq.plan import NodePlan, Plan
     from onnxq.progressive import TermsReport, TermsResult, extend, truncate
     from onnxq.report import Report
+    from onnxq.sweep import Sweep
+    from onnxq.sweeping import sweep_model
 
 __version__ = version("onnxq")
 
@@ -40,6 +43,7 @@ _HOME = {
     "FoldReport": "folding",
     "FoldResult": "folding",
     "ImageOptions": "images",
+    "Infeasible": "goal",
     "Inspection": "inspection",
     "ModelError": "errors",
     "NodePlan": "plan",
@@ -51,6 +55,7 @@ _HOME = {
     "Report": "report",
     "Result": "api",
     "SplitReport": "parts",
+    "Sweep": "sweep",
     "TermsReport": "progressive",
     "TermsResult": "progressive",
     "ValidationError": "errors",
@@ -63,6 +68,7 @@ _HOME = {
     "quantize": "api",
     "run_parts": "parts",
     "split": "parts",
+    "sweep_model": "sweeping",
     "truncate": "progressive",
 }
 
@@ -75,6 +81,7 @@ __all__ = [
     "FoldReport",
     "FoldResult",
     "ImageOptions",
+    "Infeasible",
     "Inspection",
     "ModelError",
     "NodePlan",
@@ -86,6 +93,7 @@ __all__ = [
     "Report",
     "Result",
     "SplitReport",
+    "Sweep",
     "TermsReport",
     "TermsResult",
     "ValidationError",
@@ -98,6 +106,7 @@ __all__ = [
     "quantize",
     "run_parts",
     "split",
+    "sweep_model",
     "truncate",
 ]
 

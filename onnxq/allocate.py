@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from onnxq.calibration import Calibration
 from onnxq.candidates import EFFICIENT, Candidate
@@ -14,6 +15,8 @@ from onnxq.plan import Plan
 from onnxq.search import TRIALS, Array, Progress, Refine, Search
 from onnxq.sensitivity import SAMPLES, Table, estimate, measure
 from onnxq.trial import Trial
+
+_CORRECTIONS = 4
 
 __all__ = ["Allocation", "Goal", "Infeasible", "allocate", "allocate_without_data", "split"]
 
@@ -44,6 +47,7 @@ def allocate(
     refine: Refine | None = None,
     judge: Iterable[Feed] | None = None,
     latency: Callable[[Table], Array] | None = None,
+    timed: Callable[[Trial, Plan], float] | None = None,
     trials: int = TRIALS,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -63,7 +67,11 @@ def allocate(
         refine: completes a plan before it is tried, e.g. rounds to data. It should see no sample of
             `judge`.
         judge: samples to measure on; a part of `samples` (see `split`) if not given.
-        latency: latencies [units, candidates] of a table, in any unit.
+        latency: latencies [units, candidates] of a table, relative to the float model's;
+            `latencies.MeasureLatencies` measures them.
+        timed: latency of the whole model that a plan makes, relative to the float model's. What it
+            is more than the sum of the table is made up for, and `Allocation.latency` is what it
+            says.
         trials: how often the whole model is measured, at most.
         threads: of onnxruntime.
         progress: called with (what, done, total).
@@ -99,7 +107,37 @@ def allocate(
             most_trials=trials,
             progress=progress,
         )
-        return search.least_error() if goal.minimize == "error" else search.least_cost()
+        if timed is None or search.latency is None:
+            return _solve(search)
+        return _solve_timed(search, lambda made: timed(trial, made))
+
+
+def _solve(search: Search) -> Allocation:
+    return search.least_error() if search.goal.minimize == "error" else search.least_cost()
+
+
+def _solve_timed(search: Search, timed: Callable[[Plan], float]) -> Allocation:
+    """With the bound on the latency lowered by what whole models take beyond the sum of nodes."""
+    most, trials = search.goal.max_latency, search.most_trials
+    found = _solve(search)
+    closest, least = found, float("inf")
+    for _ in range(_CORRECTIONS):
+        predicted, measured = found.latency or 0.0, timed(found.plan)
+        found = replace(found, latency=measured)
+        if most is None or measured <= most:
+            return found
+        if measured < least:
+            closest, least = found, measured
+        search.goal = replace(search.goal, max_latency=predicted - (measured - most))
+        search.most_trials = len(search.tried) + trials
+        try:
+            found = _solve(search)
+        except Infeasible:
+            break
+    raise Infeasible(
+        f"latency {most:.3g}x cannot be kept; the closest is {least:.3g}x, {closest.size} bytes",
+        closest,
+    )
 
 
 def allocate_without_data(

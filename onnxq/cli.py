@@ -37,8 +37,10 @@ from onnxq.show import (
     show_inspection,
     show_report,
     show_split,
+    show_sweep,
     show_terms,
 )
+from onnxq.sweep import POINTS
 
 EXIT_BAD_INPUT = 2
 EXIT_INFEASIBLE = 3
@@ -73,6 +75,25 @@ Shapes = Annotated[
     ),
 ]
 
+
+ImageSize = Annotated[
+    str | None,
+    typer.Option(metavar="H,W", help="Images of --calibration: resized and cropped to this."),
+]
+Mean = Annotated[
+    str | None, typer.Option(metavar="M[,M,M]", help="Images: subtracted after --scale.")
+]
+Std = Annotated[str | None, typer.Option(metavar="S[,S,S]", help="Images: divided by, last.")]
+Scale = Annotated[
+    float | None, typer.Option(help="Images: pixels 0 to 255 times this; 1/255 if not given.")
+]
+ImageLayout = Annotated[
+    Literal["nchw", "nhwc"] | None,
+    typer.Option(help="Images: where the channels are; read from the model if not given."),
+]
+Channels = Annotated[
+    Literal["rgb", "bgr"] | None, typer.Option(help="Images: the order of the channels.")
+]
 
 PLANNING = tuple(Options.model_fields)
 IMAGES = ("image_size", "mean", "std", "scale", "image_layout", "channels")
@@ -128,26 +149,12 @@ def quantize(
         Literal["minmax", "percentile", "mse", "entropy", "mae"], _option("ranges")
     ] = "minmax",
     effort: Annotated[Literal["fast", "normal", "high"], _option("effort")] = "normal",
-    image_size: Annotated[
-        str | None,
-        typer.Option(metavar="H,W", help="Images of --calibration: resized and cropped to this."),
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(metavar="M[,M,M]", help="Images: subtracted after --scale.")
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(metavar="S[,S,S]", help="Images: divided by, last.")
-    ] = None,
-    scale: Annotated[
-        float | None, typer.Option(help="Images: pixels 0 to 255 times this; 1/255 if not given.")
-    ] = None,
-    image_layout: Annotated[
-        Literal["nchw", "nhwc"] | None,
-        typer.Option(help="Images: where the channels are; read from the model if not given."),
-    ] = None,
-    channels: Annotated[
-        Literal["rgb", "bgr"] | None, typer.Option(help="Images: the order of the channels.")
-    ] = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    image_layout: ImageLayout = None,
+    channels: Channels = None,
     data: DataFile = None,
     input_shape: Shapes = None,
     plan: Annotated[
@@ -352,6 +359,57 @@ def inspect(
         typer.echo(found.model_dump_json(indent=1))
     else:
         show_inspection(make_console(), found)
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The float model.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUTDIR", help="A folder to be made.")],
+    calibration: Annotated[
+        Path, typer.Option(help="Samples to measure on, as for quantize: .npz, or a folder.")
+    ],
+    points: Annotated[int, typer.Option(help="How many sizes.")] = POINTS,
+    activations: Annotated[
+        Literal["none", "dynamic"],
+        typer.Option(help="none: float compute; dynamic: integer compute."),
+    ] = "none",
+    latency: Annotated[bool, typer.Option("--latency", help="Also time the points.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the front: .svg, .png or .pdf (needs matplotlib).")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of onnxruntime; its default if not given.")
+    ] = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    image_layout: ImageLayout = None,
+    channels: Channels = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the most exact plan for each of several sizes; any of them is applied by --plan."""
+    bar, progress = progress_bar(make_console(stderr=True))
+    with bar:
+        found = onnxq.sweep_model(
+            source,
+            folder,
+            calibration=calibration,
+            images=_pictures(_given(context, IMAGES)),
+            points=points,
+            latency=latency,
+            draw=picture,
+            threads=threads,
+            progress=progress,
+            activations=activations,
+        )
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    console = make_console()
+    show_sweep(console, found)
+    console.print(f"wrote {folder}")
 
 
 Terms = Annotated[int, typer.Option(help="How many terms each node shall have.")]

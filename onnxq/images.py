@@ -198,6 +198,8 @@ def _pixels(path: Path, size: tuple[int, int], mode: str) -> Array:
                 return np.asarray(fitted).reshape(height, width, -1)
     except UnidentifiedImageError:
         reason = "it is no image, or damaged: mend or remove it"
+    except MemoryError:
+        reason = f"{height} × {width} pixels do not fit into memory: give a smaller size"
     except OSError as error:
         reason = f"{error.strerror or first_line(error)}: mend or remove it"
     except Exception as error:  # a damaged file brings SyntaxError, struct.error, …

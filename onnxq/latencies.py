@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnxq.comparison import paired_ratios, quartiles, time_in_turns
 from onnxq.errors import CalibrationError, ConfigError, ValidationError
 from onnxq.excerpts import Excerpts, Place
 from onnxq.feeds import Feed
@@ -22,6 +23,7 @@ from onnxq.observing import observer
 from onnxq.passes.search_scales import match_plan
 from onnxq.plan import Plan
 from onnxq.sensitivity import Table
+from onnxq.session import open_session
 from onnxq.stopwatch import Runner, Timer
 from onnxq.trial import Trial
 
@@ -75,7 +77,7 @@ class Latencies:
 
 @dataclass(eq=False)
 class MeasureLatencies:
-    """What `allocate` takes as `latency`: measures when called, and keeps what it found.
+    """What `allocate` takes as `latency`, and its `whole` as `timed`; keeps what it found.
 
     Args: as for `node_latencies`.
     """
@@ -85,6 +87,7 @@ class MeasureLatencies:
     threads: int | None = None
     rounds: int = ROUNDS
     seconds: float = SECONDS
+    clock: Clock = time.perf_counter
     progress: Progress | None = None
     found: Latencies | None = field(default=None, init=False)
 
@@ -97,9 +100,22 @@ class MeasureLatencies:
             threads=self.threads,
             rounds=self.rounds,
             seconds=self.seconds,
+            clock=self.clock,
             progress=self.progress,
         )
         return self.found.table()
+
+    def whole(self, trial: Trial, plan: Plan) -> float:
+        """What `allocate` takes as `timed`: the whole model, run in turns with the float one."""
+        made = open_session(trial.write(plan), threads=self.threads)
+        times = time_in_turns(
+            [Runner(session, self.feed) for session in (trial.reference, made)],
+            warmup=2,
+            rounds=2 * self.rounds,
+            seconds=_FOR_SHARES * self.seconds,
+            clock=self.clock,
+        )
+        return quartiles(paired_ratios(times)[:, 1]).median
 
 
 def node_latencies(

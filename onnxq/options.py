@@ -65,7 +65,7 @@ class Options(BaseModel):
     layout: Layout | Literal["auto"] = Field(
         default="auto",
         description="parallel: a node per term, summed by Add; merged: one node; auto: parallel, "
-        "but merged for static.",
+        "but merged for static, and for float compute where bits are chosen per node.",
     )
     target: Target | Literal["auto"] = Field(
         default="auto",
@@ -199,6 +199,8 @@ class Options(BaseModel):
         """The layout, `auto` decided."""
         if self.layout != "auto":
             return self.layout
+        if self.activations == "none" and not self.uniform:
+            return "merged"  # in float compute a node per term costs time and gains nothing
         return "merged" if self.activations == "static" else "parallel"
 
     @property

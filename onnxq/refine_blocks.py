@@ -266,7 +266,9 @@ class _Part:
         if others or len(shape) < 2 or shape[axis] != out or name != self.planned[-1]:
             return None
         found, wanted = (
-            np.concatenate([np.moveaxis(t[i][output], axis, -1).reshape(-1, out) for i in self._fit])
+            np.concatenate(
+                [np.moveaxis(t[i][output], axis, -1).reshape(-1, out) for i in self._fit]
+            )
             for t in (self._ends, self._exact)
         )
         return found, wanted

@@ -32,6 +32,7 @@ _ENOUGH = 0.8  # share of the tolerance that is not worth looking for a smaller 
 _AIM = 0.9  # share of the tolerance that is aimed at
 _CLOSE = 1.05  # budgets nearer than this are not worth another trial
 _STEP = 30.0  # largest change of the budget from one trial to the next
+_TIE = 1e-3  # how much of the latency all bytes of the float model count for
 
 
 @dataclass(eq=False)
@@ -72,7 +73,9 @@ class Search:
             tried = self._try(self._cheapest(budget))
             loss = tolerance.loss(self._known(tried)).upper(DEVIATIONS)
             if loss <= tolerance.limit:
-                if kept is None or self._cost(tried.chosen) <= self._cost(kept.chosen):
+                if self._fast_enough(tried) and (
+                    kept is None or self._cost(tried.chosen) <= self._cost(kept.chosen)
+                ):
                     kept = tried
                 low = max(low, budget)
                 enough = loss >= _ENOUGH * tolerance.limit
@@ -113,8 +116,7 @@ class Search:
         return self._allocation(found)
 
     def _within_size(self) -> _Tried:
-        weights = sum(unit.weight.size for unit in self.table.units)
-        rest = float(self.trial.float_bytes - FLOAT_BYTES * weights)
+        rest = self._rest()
         bound = self.goal.max_bytes or float("inf")
         best: _Tried | None = None
         for _ in range(4):
@@ -128,25 +130,35 @@ class Search:
         if best is None:
             raise self._infeasible(f"{self.goal.max_bytes} bytes cannot be kept", self._least())
         if not self._fast_enough(best):
-            raise self._infeasible(f"latency {self.goal.max_latency:g} cannot be kept", best)
+            raise self._infeasible(f"{self._latency_bound()} cannot be kept", best)
         return self._or_uniform(best)
+
+    def _rest(self) -> float:
+        """Bytes of the file beside the units' weights."""
+        weights = sum(unit.weight.size for unit in self.table.units)
+        return float(self.trial.float_bytes - FLOAT_BYTES * weights)
+
+    def _latency_bound(self) -> str:
+        return f"latency {self.goal.max_latency:.3g}x"
 
     def _fast_enough(self, tried: _Tried) -> bool:
         most = self.goal.max_latency
         return most is None or self.latency is None or total(self.latency, tried.chosen) <= most
 
     def _least(self) -> _Tried:
-        return min(self.tried.values(), key=lambda tried: tried.size)
+        """The smallest that is known."""
+        known = self.tried.values() or [self._sized(self._smallest())]
+        return min(known, key=lambda tried: tried.size)
 
     def _smallest(self) -> tuple[int, ...]:
-        """The cheapest choice, whatever its error."""
-        costs = self.table.bytes if self.latency is None else self.latency
-        return _argmin(costs)
+        """The cheapest choice within the bound that is given, whatever its error."""
+        by_bytes = self.goal.max_latency is None or self.latency is None
+        return _argmin(self.table.bytes if by_bytes else self._by_latency())
 
     def _or_uniform(self, best: _Tried) -> _Tried:
         """The plan, or the most exact one with the same candidate everywhere, if that is better."""
         bound = self.goal.max_bytes
-        if bound is None or best.measured is None or self.latency is not None:
+        if bound is None or best.measured is None or self.goal.max_latency is not None:
             return best
         for option in np.argsort(self.table.error.sum(axis=0)):
             there = np.isfinite(self.table.error[:, option])
@@ -173,15 +185,21 @@ class Search:
         return self.goal.tolerance
 
     def _costs(self) -> Array:
-        if self.goal.minimize == "latency":
-            assert self.latency is not None
-            return self.latency
-        return self.table.bytes
+        return self._by_latency() if self.goal.minimize == "latency" else self.table.bytes
+
+    def _by_latency(self) -> Array:
+        """Latencies, with so little of the bytes that of equally fast choices the smaller wins.
+
+        In float compute all are as fast as the float node, whose error is the least.
+        """
+        assert self.latency is not None
+        bytes_ = self.table.bytes / self.trial.float_bytes
+        return self.latency + _TIE * float(np.min(self.latency, axis=1).sum()) * bytes_
 
     def _cost(self, chosen: tuple[int, ...]) -> float:
         return total(self._costs(), chosen)
 
-    def _limits(self, rest: float = 0.0) -> list[Limit]:
+    def _limits(self, rest: float) -> list[Limit]:
         limits = []
         if self.goal.max_bytes is not None and self.goal.minimize != "size":
             limits.append(Limit(self.table.bytes, self.goal.max_bytes - rest))
@@ -192,7 +210,7 @@ class Search:
     def _cheapest(self, budget: float) -> tuple[int, ...]:
         error = self.table.error
         within = [] if np.isinf(budget) else [Limit(error, budget)]
-        return choose(self._costs(), [*within, *self._limits()]) or self._finest()
+        return choose(self._costs(), [*within, *self._limits(self._rest())]) or self._finest()
 
     def _most_exact(self, rest: float) -> tuple[int, ...] | None:
         return choose(self.table.error, self._limits(rest))
@@ -236,6 +254,10 @@ class Search:
                 f"{self.goal.tolerance} cannot be kept in {bound} bytes: {found.size} are needed",
                 found,
             )
+        if not self._fast_enough(found):
+            raise self._infeasible(
+                f"{self.goal.tolerance} cannot be kept within {self._latency_bound()}", found
+            )
 
     def _infeasible(self, what: str, closest: _Tried | None = None) -> Infeasible:
         if closest is None:
@@ -243,6 +265,8 @@ class Search:
             for tried in self.tried.values():
                 closest = tried if self._better(tried, closest) else closest
         found = [f"{closest.size} bytes"]
+        if self.latency is not None and self.goal.max_latency is not None:
+            found.append(f"latency {total(self.latency, closest.chosen):.3g}x")
         if closest.measured is not None:
             shown = self.goal.tolerance or Tolerance(kind="error", number=1)
             found.append(shown.shown(closest.measured))

@@ -20,6 +20,7 @@ from onnxq.inspection import Inspection
 from onnxq.parts import SplitReport
 from onnxq.progressive import TermsReport
 from onnxq.report import Report
+from onnxq.sweep import Sweep
 
 _MIB = 2**20
 _KIB = 2**10
@@ -101,6 +102,25 @@ def show_split(console: Console, report: SplitReport) -> None:
         table.add_row("difference", f"{report.difference:.1e} of the largest output")
     for warning in report.warnings:
         table.add_row("warning", warning)
+    console.print(table)
+
+
+def show_sweep(console: Console, found: Sweep) -> None:
+    """The points of a sweep, the smallest first."""
+    table = Table(title=f"sweep, {found.stated}", title_justify="left")
+    for name in ("plan", "size", "× float", "bits", "rel. error", "top-1 lost", "latency"):
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for point in found.points:
+        lost = point.measured.top1
+        table.add_row(
+            point.name + ("" if point.on_front else " (behind the front)"),
+            _bytes(point.size),
+            f"{point.size_ratio:.3f}",
+            f"{point.weight_bits:.2f}",
+            f"{point.measured.relative_error:.2e}",
+            "–" if lost is None else f"{100 * lost.value:.2f} pt",
+            "–" if point.latency_ratio is None else f"{point.latency_ratio:.2f}",
+        )
     console.print(table)
 
 

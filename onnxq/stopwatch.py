@@ -41,6 +41,7 @@ class Runner:
         }
 
     def __call__(self) -> None:
+        """Run once."""
         self._session.run_with_ort_values(self._outputs, self._feed)
 
 

@@ -235,7 +235,7 @@ def test_damaged_times_are_measured_again(pretend):
 def test_a_cache_of_an_impossible_name_is_no_error(pretend, monkeypatch, tmp_path):
     pretend()
     monkeypatch.setenv("ONNXQ_CACHE", str(tmp_path / ("a" * 300)))
-    assert diagnose().cache is None
+    assert doctor.diagnose().cache is None
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(pretend, cache):
