@@ -1,6 +1,6 @@
 """What calibration brings real models, step by step: 4-bit weights, one term per channel.
 
-python benchmarks/accuracy.py [--bits 4] [--only squeezenet] [--steps "absmax,all"]
+python benchmarks/accuracy.py [--bits 4] [--only squeezenet] [--steps "absmax;all"] [--judged 264]
 
 Weights alone are quantized (float compute), so that nothing else is measured. Calibrated on 64
 samples, judged on others: top-1 in points against the float model and agreement with it, PSNR of
@@ -25,6 +25,7 @@ from onnxq.feeds import Feed
 from onnxq.model import load, raise_opset, to_proto
 from onnxq.passes import Equalize, Expand, SelectNodes, required_opset
 from onnxq.pipeline import apply, canonicalize
+from onnxq.refine_blocks import refine_blocks
 from onnxq.session import open_session, run
 
 CALIBRATED, MINILM, RLFN = 64, "minilm_l6_v2", "sr_rlfn_x4"
@@ -40,10 +41,13 @@ STEPS: dict[str, dict[str, Any]] = {
     "all but clip": {"measure": "absmax"},
     "all but bias": {"bias_correction": False},
     "all but rounding": {"rounding": "nearest"},
+    "all but sums": {"sums": False},
+    "all but descent": {"descent": False},
     "all": {},
     "all, clip by mae": {"measure": "mae"},
     "all, and affine": {"affine": "mae"},
     "all, and equalize": {"equalize": True},
+    "all, and blocks": {"blocks": True},
 }
 
 
@@ -66,11 +70,11 @@ def calibration(name: str) -> list[Feed]:
 class Judge:
     """Scores of a model on samples that calibration has not seen, against the float model."""
 
-    def __init__(self, name: str, proto: onnx.ModelProto, threads: int) -> None:
+    def __init__(self, name: str, proto: onnx.ModelProto, threads: int, most: int) -> None:
         self.name, self.threads = name, threads
         self.label: np.ndarray | None = None
         if name in CLASSIFIERS:
-            data = classifier_data(name, JUDGED[name])
+            data = classifier_data(name, min(JUDGED[name], most))
             # CIFAR-10 has other images for calibration.
             start = 0 if name == "cifar10_resnet20" else CALIBRATED
             self.label = data.pop("label")[start:]
@@ -141,7 +145,10 @@ def quantized(
         bits=bits, terms=1, activations="none", layout="merged", block_size=block_size
     )
     start = time.perf_counter()
+    blocks = options.pop("blocks", False)
     plan, _ = calibrate_weights(model, select(model), feeds, threads=threads, **options)
+    if blocks:
+        plan, _ = refine_blocks(model, plan, feeds, effort="high", threads=threads)
     seconds = time.perf_counter() - start
     model = raise_opset(model, required_opset(plan))
     apply(Expand(plan), model)
@@ -153,6 +160,7 @@ def main(
     only: Annotated[str, typer.Option(help="Part of a model's name.")] = "",
     steps: Annotated[str, typer.Option(help="Which steps, separated by semicolons.")] = "",
     threads: Annotated[int, typer.Option(help="Threads of onnxruntime.")] = 2,
+    judged: Annotated[int, typer.Option(help="Images at most, with the 64 left out.")] = 2000,
 ) -> None:
     if not MODELS.exists():
         print(f"skipped: {MODELS} is not there (set ONNXQ_REAL)")
@@ -161,7 +169,7 @@ def main(
     for name in ("model", "steps", "against float", "rel. error", "seconds"):
         table.add_column(name, justify="left" if name in ("model", "steps") else "right")
     for name in (n for n in (*CLASSIFIERS, RLFN, MINILM) if only in n):
-        judge = Judge(name, onnx.load(MODELS / f"{name}.onnx"), threads)
+        judge = Judge(name, onnx.load(MODELS / f"{name}.onnx"), threads, judged)
         feeds = calibration(name)
         for step in steps.split(";") if steps else STEPS:
             proto, seconds = quantized(name, bits, feeds, STEPS[step], threads)

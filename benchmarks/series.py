@@ -2,9 +2,9 @@
 
 Every Conv and MatMul is computed in integers, depthwise ones too (which `onnxq quantize` leaves in
 float where that is faster), so that W2A2 means all of them. Bits in all are bits × terms, products
-the integer products per node (triangular rule). Classifiers: relative error of the logits and
-agreement of the top class with the float model's, on real images. MiniLM: relative error of the
-token embeddings and mean cosine of the sentence embeddings.
+the integer products per node (triangular rule, unless --products all). Classifiers: relative error
+of the logits and agreement of the top class with the float model's, on real images. MiniLM:
+relative error of the token embeddings and mean cosine of the sentence embeddings.
 
 python benchmarks/series.py tables [--models cifar10_resnet20,…] [--bits 8x8,4x4,…] [--full]
 python benchmarks/series.py curves [--models …] [--picture curves.svg]
@@ -111,6 +111,7 @@ def tables(
     models: Models = EVERY,
     bits: Annotated[str, typer.Option(help="Weights x activations, or all.")] = DIAGONAL,
     full: Annotated[bool, typer.Option(help="Every number of terms with every other.")] = False,
+    products: Annotated[str, typer.Option(help="triangular or all.")] = "triangular",
 ) -> None:
     """Error and agreement against bits and terms of weights and activations."""
     pairs = list(product(BITS, BITS)) if bits == "all" else list(map(_pair, bits.split(",")))
@@ -122,7 +123,8 @@ def tables(
         for name in ("terms", "bits in all", "products", "rel. error", measure):
             table.add_column(name, justify="right")
         for (wide, narrow), (n, m) in product(pairs, terms):
-            table.add_row(*_row(reference, Setting(wide, n, narrow, m, depthwise=True)))
+            setting = Setting(wide, n, narrow, m, products, depthwise=True)  # type: ignore[arg-type]
+            table.add_row(*_row(reference, setting))
         Console(width=90).print(table)
 
 

@@ -1,7 +1,6 @@
 """The arithmetic of onnxq, in numpy alone."""
 
 from onnxq.kernels_ref.affine_fit import fit_affine, keep_if_better
-from onnxq.kernels_ref.beam import beam_width, round_beam
 from onnxq.kernels_ref.centre import split_centre
 from onnxq.kernels_ref.clip_search import CLIP_RATIOS, ClipMeasure, OutputSamples, search_clip
 from onnxq.kernels_ref.descent import descend
@@ -68,13 +67,12 @@ __all__ = [
     "absmax_scale",
     "activation_params",
     "affine_params",
-    "beam_width",
     "conv",
     "conv_integer",
     "conv_patches",
     "cosine",
-    "descend",
     "dequantize",
+    "descend",
     "equalization_scales",
     "expand",
     "fit_affine",
@@ -92,7 +90,6 @@ __all__ = [
     "reduce_absmax",
     "relative_error",
     "restore",
-    "round_beam",
     "round_second_order",
     "round_second_order_clipped",
     "scale_shape",

@@ -43,7 +43,7 @@ def descend(
     check_damping(damping)
     h = batched(hessian, error, "hessian")
     rows, limit = len(q) // len(h), half_range(bits)
-    found = q.copy()
+    found: npt.NDArray[np.int8] = q.copy()
     for group, one in enumerate(h):
         if not np.isfinite(one).all():
             continue
@@ -51,7 +51,9 @@ def descend(
         diagonal += damping * float(diagonal.mean())
         part = slice(group * rows, (group + 1) * rows)
         most = max(1, q.shape[1] // 8) if changes is None else changes
-        _descend(found[part], steps[part].astype(np.float64), error[part], one, limit, most)
+        _descend(
+            found[part], steps[part].astype(np.float64), error[part], one, limit=limit, changes=most
+        )
     return found
 
 
@@ -60,6 +62,7 @@ def _descend(
     steps: Float64Array,
     error: FloatArray,
     h: Float64Array,
+    *,
     limit: int,
     changes: int,
 ) -> None:

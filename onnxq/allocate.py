@@ -16,7 +16,7 @@ from onnxq.search import TRIALS, Array, Progress, Refine, Search
 from onnxq.sensitivity import SAMPLES, Table, estimate, measure
 from onnxq.trial import Trial
 
-_CORRECTIONS = 4
+_CORRECTIONS = 5  # how often whole models may turn out to be too slow
 
 __all__ = ["Allocation", "Goal", "Infeasible", "allocate", "allocate_without_data", "split"]
 
@@ -121,14 +121,16 @@ def _solve_timed(search: Search, timed: Callable[[Plan], float]) -> Allocation:
     most, trials = search.goal.max_latency, search.most_trials
     found = _solve(search)
     closest, least = found, float("inf")
-    for _ in range(_CORRECTIONS):
+    for i in range(_CORRECTIONS):
         predicted, measured = found.latency or 0.0, timed(found.plan)
         found = replace(found, latency=measured)
         if most is None or measured <= most:
             return found
         if measured < least:
             closest, least = found, measured
-        search.goal = replace(search.goal, max_latency=predicted - (measured - most))
+        # further each time: what is beyond the sum of nodes differs from plan to plan
+        bound = predicted - 2**i * (measured - most)
+        search.goal = replace(search.goal, max_latency=bound)
         search.most_trials = len(search.tried) + trials
         try:
             found = _solve(search)

@@ -19,7 +19,8 @@ from onnxq.errors import ConfigError
 from onnxq.images import ImageOptions
 from onnxq.model import Model, load, save, to_proto
 from onnxq.options import Options
-from onnxq.pipeline import rewrite
+from onnxq.outliers import Outliers
+from onnxq.pipeline import Complete, rewrite
 from onnxq.plan import Plan, scales_path
 from onnxq.report import Report, make_report
 from onnxq.session import open_session
@@ -121,7 +122,12 @@ def quantize(
     choose = None if chosen.uniform else Budgeted(chosen, samples, size_of(model), tell)
     if choose is not None:
         choose.goal()  # refused before the work
-    calibrate = samples and chosen.uniform and Calibrated(chosen, samples, tell)
+    complete: list[Complete] = []
+    if samples is not None and chosen.uniform:
+        complete.append(Calibrated(chosen, samples, tell))
+    seen = samples or check.samples
+    if chosen.outliers and seen is not None and given is None:
+        complete.append(Outliers(seen, chosen.outliers))
     rewritten = rewrite(
         source,
         chosen.select(calibrated=samples is not None),
@@ -129,7 +135,7 @@ def quantize(
         tell,
         equalize=chosen.equalize,
         choose=choose,
-        calibrate=calibrate or None,
+        complete=complete,
     )
 
     embed_plan(rewritten.model, rewritten.plan, equalized="Equalize" in rewritten.passes)
@@ -179,6 +185,8 @@ def _samples(
         CalibrationError: they do not fit the model.
     """
     if source is None:
+        if plan is None:
+            options.refuse_without_samples()
         if images is not None:
             raise ConfigError("image options without --calibration: give a folder of images")
         if options.activations == "static" and plan is None:

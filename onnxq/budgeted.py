@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from onnxq.allocate import Allocation, Goal, Infeasible, allocate, allocate_without_data, split
 from onnxq.calibrate_weights import calibrate_weights
 from onnxq.calibration import Calibration
 from onnxq.candidates import EFFICIENT, INTEGER
 from onnxq.goal import parse_size
+from onnxq.latencies import MeasureLatencies, parse_latency
 from onnxq.model import Model
 from onnxq.options import Options
 from onnxq.plan import Plan
@@ -63,24 +65,31 @@ class Budgeted:
         tolerance = options.effective_tolerance
         return Goal(
             tolerance=None if tolerance is None else Tolerance.parse(tolerance),
+            max_latency=options.max_latency and parse_latency(options.max_latency),
             max_bytes=options.max_size and parse_size(options.max_size, self.float_bytes),
             minimize=options.effective_minimize,
         )
 
     def _allocate(self, model: Model, plan: Plan) -> Allocation:
+        goal = self.goal()
         candidates = EFFICIENT if self.options.activations == "none" else INTEGER
         if self.options.by_default:  # a quantizer quantizes; leaving out is for stated bounds
             candidates = tuple(one for one in candidates if one.quantized)
         if self.samples is None:
-            return allocate_without_data(model, plan, self.goal(), candidates=candidates)
+            return allocate_without_data(model, plan, goal, candidates=candidates)
+        latency = None
+        if goal.max_latency is not None or goal.minimize == "latency":
+            latency = MeasureLatencies(model, next(iter(self.samples)), progress=self.progress)
+        timing: Any = {"latency": latency, "timed": latency.whole} if latency else {}
         if self.options.effort == "fast":
             return allocate(
                 model,
                 plan,
                 self.samples,
-                self.goal(),
+                goal,
                 candidates=candidates,
                 progress=self.progress,
+                **timing,
             )
         fit, judge = split(self.samples, refined=True)
 
@@ -100,16 +109,22 @@ class Budgeted:
             model,
             plan,
             fit,
-            self.goal(),
+            goal,
             candidates=candidates,
             refine=refine,
             judge=judge,
             trials=_TRIALS_ROUNDED,
             progress=self.progress,
+            **timing,
         )
 
     def _summary(self, made: Allocation) -> str:
         kinds = ", ".join(f"{count} × {name}" for name, count in made.chosen.items() if count)
-        asked = self.options.effective_tolerance or f"at most {self.options.max_size}"
+        bounds = (
+            self.options.effective_tolerance,
+            self.options.max_size and f"at most {self.options.max_size}",
+            self.options.max_latency and f"latency at most {self.options.max_latency}",
+        )
+        asked = ", ".join(bound for bound in bounds if bound)
         default = " (the default tolerance)" if self.options.by_default else ""
         return f"{asked}{default}, {made.stated}: {kinds} (bits x terms / block)"

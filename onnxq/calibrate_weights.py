@@ -77,6 +77,7 @@ def calibrate_weights(
     affine: Affine = "none",
     bias_correction: bool = True,
     sums: bool = True,
+    descent: bool = True,
     budget_bytes: int = BUDGET_BYTES,
     seed: int = 0,
     threads: int | None = None,
@@ -92,7 +93,8 @@ def calibrate_weights(
         model: the canonical model; only read.
         plan: what is to be done; missing scales are searched without data.
         samples: feeds for `model`; evenly spread ones are taken if not all fit.
-        measure, rounding, affine, bias_correction: the steps, see `NodeSettings`.
+        measure, rounding, affine, bias_correction, descent: the steps, see `NodeSettings`.
+        sums: whether a node that another activation is added to aims at the float model's sum.
         budget_bytes: for the tensors between nodes, of all samples and both variants.
         seed: of the positions that are drawn from large inputs.
         threads: of onnxruntime; its default if not given.
@@ -108,12 +110,13 @@ def calibrate_weights(
     """
     copies = {key: dict(getattr(plan, key)) for key in ("scales", "integers", "bias")}
     made = SearchScales()(model, plan.model_copy(update=copies))
-    settings = NodeSettings(measure, rounding, affine, bias_correction)
+    settings = NodeSettings(measure, rounding, affine, bias_correction, descent)
     walk = _Walk(model, made, settings, sums, seed, progress or _silent)
     for entry, (candidate, weight) in match_plan(model, made):
         walk.add(entry, candidate, weight, budget_bytes * _MOMENTS_SHARE)
     proto = _in_memory(model)
-    segments = cut(proto.graph, walk.sites)
+    beside = {name: site.added for name, site in walk.sites.items() if site.added is not None}
+    segments = cut(proto.graph, walk.sites, beside)
     notes: tuple[str, ...] = ()
     if segments:
         first = next(iter(samples), None)

@@ -113,7 +113,8 @@ def quantize(
     terms: Annotated[int | None, _option("terms")] = None,
     tolerance: Annotated[str | None, _option("tolerance", metavar="MEASURE=NUMBER")] = None,
     max_size: Annotated[str | None, _option("max_size", metavar="SIZE")] = None,
-    minimize: Annotated[Literal["size", "error"] | None, _option("minimize")] = None,
+    max_latency: Annotated[str | None, _option("max_latency", metavar="RATIO")] = None,
+    minimize: Annotated[Literal["size", "latency", "error"] | None, _option("minimize")] = None,
     best_effort: Annotated[bool, _option("best_effort", "--best-effort")] = False,
     activations: Annotated[
         Literal["none", "dynamic", "static"], _option("activations")
@@ -126,6 +127,7 @@ def quantize(
     activation_bits: Annotated[int, _option("activation_bits")] = 8,
     activation_terms: Annotated[int, _option("activation_terms")] = 1,
     products: Annotated[str, _option("products", metavar="all|triangular|N")] = "triangular",
+    outliers: Annotated[int, _option("outliers")] = 8,
     target: Annotated[
         Literal["auto", "cpu-vnni", "cpu-avx2", "cpu-arm"], _option("target")
     ] = "auto",
@@ -535,7 +537,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack × or a letter of a name
             stream.reconfigure(errors="replace")
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # typer catches Ctrl-C itself, and says nothing
+            _stop("interrupted", EXIT_INTERRUPTED)
+        sys.exit(code)
     except Infeasible as error:
         _stop(f"{error}; --best-effort writes the closest", EXIT_INFEASIBLE)
     except OnnxqError as error:

@@ -138,8 +138,8 @@ def signature(model: ModelProto) -> Hashable:
             (a.name, _kind(a.t) if a.HasField("t") else a.SerializeToString(deterministic=True))
             for a in node.attribute
         )
-        writes = [number(o) for o in node.output]
-        nodes.append((node.domain, node.op_type, *map(tuple, (reads, writes, attributes))))
+        writes = tuple(number(o) for o in node.output)
+        nodes.append((node.domain, node.op_type, tuple(reads), writes, tuple(attributes)))
     return inputs, tuple(nodes), tuple(number(v.name) for v in graph.output)
 
 

@@ -64,15 +64,21 @@ class Replacement:
     shift: Array | None
 
 
-def cut(graph: GraphProto, chosen: Collection[str]) -> list[Segment]:
+def cut(
+    graph: GraphProto, chosen: Collection[str], beside: Mapping[str, str] | None = None
+) -> list[Segment]:
     """Cut a sorted graph before the chosen nodes, given by name.
 
     A node is in group k if k chosen nodes lie on the longest way to it. Only nodes that lead to a
     chosen one are run. If, Loop and Scan are run as any node; what is in them cannot be chosen. A
     chosen node whose inputs are all constant is in no group.
+
+    `beside` names for some of the chosen nodes another tensor, which does not depend on them: it is
+    kept, too, where it is there before their group.
     """
     needs = [sorted(reads(node)) for node in graph.node]
-    needed = _needed(graph, needs, chosen)
+    beside = beside or {}
+    needed = _needed(graph, needs, chosen, set(beside.values()))
     level = dict.fromkeys(_fed(graph) & needed, 0)  # of each tensor that is not constant
     runs_at: dict[int, int] = {}
     constants: dict[str, int] = {}  # what computes them
@@ -88,6 +94,9 @@ def cut(graph: GraphProto, chosen: Collection[str]) -> list[Segment]:
         if graph.node[i].name in chosen or needed.intersection(graph.node[i].output):
             for name in needs[i]:
                 read_until[name] = max(read_until.get(name, 0), at)
+        extra = beside.get(graph.node[i].name)
+        if extra in level and level[extra] < at:
+            read_until[extra] = max(read_until.get(extra, 0), at)
     last = max((at for i, at in runs_at.items() if graph.node[i].name in chosen), default=0)
     segments = []
     for here in range(last):
@@ -120,9 +129,11 @@ def _fed(graph: GraphProto) -> set[str]:
     return {value.name for value in graph.input} - stored
 
 
-def _needed(graph: GraphProto, needs: Sequence[Sequence[str]], chosen: Collection[str]) -> set[str]:
-    """The tensors that lead to a chosen node."""
-    needed: set[str] = set()
+def _needed(
+    graph: GraphProto, needs: Sequence[Sequence[str]], chosen: Collection[str], more: set[str]
+) -> set[str]:
+    """The tensors that lead to a chosen node, or to one of some more."""
+    needed = set(more)
     for node, names in zip(reversed(graph.node), reversed(needs), strict=True):
         if node.name in chosen or needed.intersection(node.output):
             needed.update(names)

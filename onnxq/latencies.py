@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ Clock = Callable[[], float]
 ROUNDS = 15
 SECONDS = 60.0
 _FOR_SHARES = 0.25  # of the time, for what each float node has in the whole model
+_TICK = 1e-9  # seconds
 _RATIO = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*x\s*", re.IGNORECASE)
 
 
@@ -134,7 +135,7 @@ def node_latencies(
     A node is cut out with the bias and the activation that onnxruntime fuses with it, and runs on
     the shapes that `feed` gives it. Shares of the float nodes in the float model's latency come
     from rounds that run the whole model and each of its nodes; the candidate's ratio to the float
-    node from rounds that run the two. The empty run of a session is subtracted. What differs in
+    node from rounds that run the two. What a call takes by itself is subtracted. What differs in
     weights alone, also after onnxruntime's optimization, is timed once: of float compute hardly
     anything is left to time.
 
@@ -158,6 +159,11 @@ def node_latencies(
         ValidationError: the model does not load.
         ConfigError: the table was made for another model, or holds static activations.
     """
+    if any(e.activations == "static" for unit in table.units for e in unit.entries):
+        raise ConfigError(
+            "latencies of static activations cannot be measured before ranges are calibrated: use "
+            "--activations dynamic or none with --max-latency and --minimize latency"
+        )
     with tempfile.TemporaryDirectory(prefix="onnxq-") as folder, Trial(model, (), threads) as trial:
         timer = Timer(Path(folder) / "optimized.onnx", threads, rounds, clock)
         nodes = _Nodes(model, table, feed, trial.write(Plan(nodes=[])), timer)
@@ -207,13 +213,20 @@ def _scaled(table: Table, found: Array, base: Array, float_seconds: float) -> La
     found = np.where(missing, table.products * per_product, found)
     base = np.where(np.isfinite(base), base, float_products * per_product)
     factor = 1.0 / max(float(base.sum()), 1.0)
-    names = [table.units[u].name for u in np.flatnonzero(missing.any(axis=1))]
+    names = [unit.name for unit, row in zip(table.units, missing, strict=True) if row.any()]
     notes = []
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         notes.append(f"latency estimated from products, not measured: {', '.join(names[:3])}{more}")
     rest = max(1.0 - float(base.sum()) * factor, 0.0)
     return Latencies(found * factor, rest, float_seconds, tuple(notes))
+
+
+class _Share(NamedTuple):
+    """A float node's part of the float model's latency, without and with what a call takes."""
+
+    alone: float
+    called: float
 
 
 class _Nodes:
@@ -254,38 +267,45 @@ class _Nodes:
 
     def measure_shares(self, whole: Runner, seconds: float) -> float:
         """Find what part of the whole model each node takes; returns the seconds of the whole."""
-        times = self._timer.times([whole, *self._floats.values()], seconds)
-        medians = np.median(times / times[:, :1], axis=0)
-        self._shares = dict(zip(self._floats, map(float, medians[1:]), strict=True))
-        return float(np.median(times[:, 0]))
+        runs = [whole, self._timer.empty(), *self._floats.values()]
+        times = self._timer.times(runs, seconds)
+        empty = float(np.median(times[:, 1]))
+        exact = np.maximum(times[:, :1] - empty, _TICK)
+        called = np.median(times[:, 2:] / exact, axis=0)
+        alone = np.median(np.maximum(times[:, 2:] - empty, 0.0) / exact, axis=0)
+        self._shares = {
+            kind: _Share(float(one), float(other))
+            for kind, one, other in zip(self._floats, alone, called, strict=True)
+        }
+        return float(np.median(exact))
 
     def share(self, unit: int) -> float:
         """A unit's part of the float model's latency; nan if it cannot be timed."""
-        return float(sum(self._share(entry.name) for entry in self._table.units[unit].entries))
-
-    def _share(self, name: str) -> float:
-        kind = self._kinds.get(name)
-        return np.nan if kind is None else self._shares[kind] / self._sharing[self._names[name]]
+        return float(
+            sum(self._time(e.name, lambda _: 1.0) for e in self._table.units[unit].entries)
+        )
 
     def time(self, unit: int, made: Excerpts, seconds: float) -> float:
         """The same of a unit as it is in another model."""
-        return float(
-            sum(
-                self._share(entry.name) * self._ratio(entry.name, made, seconds)
-                for entry in self._table.units[unit].entries
-            )
-        )
 
-    def _ratio(self, name: str, made: Excerpts, seconds: float) -> float:
-        reference = self._kinds.get(name)
-        if reference is None:
+        def ratio(name: str) -> float:
+            place, kind = self._places[name], self._kinds[name]
+            cut = made.cut(place, self._values)
+            if cut is None:
+                return np.nan
+            reference = kind, self._floats[kind]
+            return self._timer.ratio(reference, cut, self._of(place), seconds)
+
+        return float(sum(self._time(e.name, ratio) for e in self._table.units[unit].entries))
+
+    def _time(self, name: str, ratio: Callable[[str], float]) -> float:
+        """By the ratio of both calls: what a call takes by itself falls out of the difference."""
+        kind = self._kinds.get(name)
+        if kind is None:
             return np.nan
-        place = self._places[name]
-        cut = made.cut(place, self._values)
-        if cut is None:
-            return np.nan
-        float_node = self._floats[reference]
-        return self._timer.ratio((reference, float_node), cut, self._of(place), seconds)
+        share = self._shares[kind]
+        found = share.alone + (ratio(name) - 1.0) * share.called
+        return float(np.maximum(found, 0.0)) / self._sharing[self._names[name]]
 
 
 def _fails(_index: int, error: ValidationError) -> CalibrationError:

@@ -16,6 +16,8 @@ from onnxq.session import CASTS_INT4, CONVOLVES_INT8, FUSES_NBITS, runtime_versi
 from onnxq.targets import resolve
 
 DEFAULT_TOLERANCE = "error=2%"
+# Activations of 8 bits leave about as much, and a second product costs as much as the first.
+DEFAULT_TOLERANCE_DYNAMIC = "error=5%"
 UNIFORM_BITS, UNIFORM_TERMS = 4, 2
 BEFORE_CHOICE = 8, 1  # what an entry says until its bits and terms are chosen
 
@@ -41,13 +43,17 @@ class Options(BaseModel):
     tolerance: str | None = Field(
         default=None,
         description="How right it must be: bits and terms are chosen per node. top1=0.5pt, "
-        f"agreement=99%, sqnr=30dB, mae=1%, cosine=0.999 or error=1%; {DEFAULT_TOLERANCE} if "
-        "nothing else says how many bits.",
+        "agreement=99%, sqnr=30dB, mae=1%, cosine=0.999 or error=1%; if nothing else says how "
+        f"many bits, {DEFAULT_TOLERANCE_DYNAMIC}, and {DEFAULT_TOLERANCE} in float compute.",
     )
     max_size: str | None = Field(
         default=None, description="How large the file may be: 4MB, or 0.2x of the float one."
     )
-    minimize: Literal["size", "error"] | None = Field(
+    max_latency: str | None = Field(
+        default=None,
+        description="How long a run may take, measured here: 0.7x of the float model's.",
+    )
+    minimize: Literal["size", "latency", "error"] | None = Field(
         default=None,
         description="What is made small within the bounds; size with --tolerance, else error.",
     )
@@ -103,6 +109,12 @@ class Options(BaseModel):
         description="Float compute of MatMul: folded to a float weight at load, or nbits: kept in "
         "4 bits in memory too (MatMulNBits, activations rounded to 8 bits); auto: nbits where one "
         "4-bit term has a --block-size that this CPU runs fast.",
+    )
+    outliers: int = Field(
+        default=8,
+        ge=0,
+        description="Columns of a MatMul's input that may be computed in float because they reach "
+        "far beyond the others (with --activations dynamic); 0 for none.",
     )
     include: tuple[str, ...] = Field(
         default=(), description="Quantize only nodes whose name matches. Repeatable."
@@ -177,7 +189,7 @@ class Options(BaseModel):
     @property
     def has_goal(self) -> bool:
         """Whether the user said how right or how small it must be."""
-        return self.tolerance is not None or self.max_size is not None
+        return any((self.tolerance, self.max_size, self.max_latency))
 
     @property
     def by_default(self) -> bool:
@@ -187,10 +199,12 @@ class Options(BaseModel):
     @property
     def effective_tolerance(self) -> str | None:
         """The tolerance that holds."""
-        return DEFAULT_TOLERANCE if self.by_default else self.tolerance
+        if not self.by_default:
+            return self.tolerance
+        return DEFAULT_TOLERANCE if self.activations == "none" else DEFAULT_TOLERANCE_DYNAMIC
 
     @property
-    def effective_minimize(self) -> Literal["size", "error"]:
+    def effective_minimize(self) -> Literal["size", "latency", "error"]:
         """What is made small."""
         return self.minimize or ("error" if self.effective_tolerance is None else "size")
 
@@ -226,6 +240,8 @@ class Options(BaseModel):
                 "--offset on needs --activations none, the same bits in every node, one scale per "
                 "channel, and --series digit or auto"
             )
+        if self.activations != "static" and "ranges" in self.model_fields_set:
+            raise ConfigError("--ranges needs --activations static")
         if self.activations == "static" and self.activation_bits != 8:
             raise ConfigError("--activation-bits: static activations have 8 bits")
         if self.activations == "none":
@@ -239,11 +255,12 @@ class Options(BaseModel):
             self._merges_as_integers()
 
     def _consistent_goal(self) -> None:
-        goal = "--tolerance" if self.tolerance is not None else "--max-size"
+        given = ("tolerance", "max_size", "max_latency")
+        goal = "--" + next((o for o in given if getattr(self, o)), "tolerance").replace("_", "-")
         if not self.has_goal:
             for option, value in (("minimize", self.minimize), ("best-effort", self.best_effort)):
                 if value:
-                    raise ConfigError(f"--{option} needs --tolerance or --max-size")
+                    raise ConfigError(f"--{option} needs --tolerance, --max-size or --max-latency")
             return
         for option in ("weight_bits", "terms", "block_size"):
             if getattr(self, option) is not None:
@@ -279,6 +296,19 @@ class Options(BaseModel):
             and self.series in ("auto", "digit")
             and self.matmul != "nbits"
         )
+
+    def refuse_without_samples(self) -> None:
+        """Refuse what only calibration samples give a meaning to.
+
+        Raises:
+            ConfigError: names the first such option that was given.
+        """
+        for name in ("clip", "rounding", "affine", "bias_correction", "effort", "max_latency"):
+            if name in self.model_fields_set:
+                shown = name.replace("_", "-")
+                raise ConfigError(f"--{shown} without --calibration: it works on samples; add them")
+        if self.minimize == "latency":
+            raise ConfigError("--minimize latency without --calibration: it is timed on samples")
 
     def select(self, *, calibrated: bool = False) -> SelectNodes:
         """The planning pass with these options.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnxq.errors import ConfigError, ModelError
@@ -84,7 +84,7 @@ def rewrite(
     *,
     equalize: bool = False,
     choose: Complete | None = None,
-    calibrate: Complete | None = None,
+    complete: Sequence[Complete] = (),
 ) -> Rewritten:
     """Canonicalize, plan (or take the given plan) and expand. `model` is used up.
 
@@ -95,7 +95,7 @@ def rewrite(
         progress: called with (what, done, total).
         equalize: even out the channels of neighbouring layers before planning.
         choose: chooses bits and terms of the selected nodes.
-        calibrate: completes a plan by running the canonical model on samples.
+        complete: what fills in a plan that has scales, by running the canonical model.
 
     Raises:
         ModelError: no node can be quantized, a weight is not finite, or the opset cannot be raised.
@@ -103,12 +103,14 @@ def rewrite(
             nothing.
     """
     passes = canonicalize(model)
-    if equalize:
+    if equalize or (plan is not None and plan.equalized):
         passes["Equalize"] = apply(Equalize(), model)
     if select.activations == "static" if plan is None else _is_static(plan):
         passes["SplitHardSwish"] = apply(SplitHardSwish(), model)
     left = unfolded(passes, model)
     chosen = select(model) if plan is None else _with_the_rest(plan, model)
+    if "Equalize" in passes:
+        chosen = chosen.model_copy(update={"equalized": True})
     if not chosen.quantized:
         raise _nothing_to_do(chosen)
     notes: tuple[str, ...] = ()
@@ -116,10 +118,10 @@ def rewrite(
         chosen, notes = choose(model, chosen)
     found_before = set(chosen.scales)
     chosen = SearchScales(progress)(model, chosen)
-    if calibrate is not None:
-        chosen, more = calibrate(model, chosen)
+    for step in complete:
+        chosen, more = step(model, chosen)
         notes += more
-    elif set(chosen.scales) - found_before and _is_static(chosen):
+    if plan is not None and set(chosen.scales) - found_before and _is_static(chosen):
         chosen = FitBias()(model, FitPairs()(model, chosen))
     model = raise_opset(model, required_opset(chosen))
     passes["Expand"] = apply(Expand(chosen, progress), model)

@@ -167,13 +167,14 @@ class Plan(BaseModel):
     to nearest; `bias`, float32 [out], is what planning adds to a node's output. `points`, int8
     [out], are there for nodes whose channels have different numbers of terms; `offsets`, float32
     [out], for those planned with `offset`, together with the scales. `ranges` maps the name of an
-    activation to its static (rmin, rmax).
+    activation to its static (rmin, rmax). An `equalized` plan is for the model after `Equalize`.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     format_version: Literal[1] = 1
     nodes: list[NodePlan]
+    equalized: bool = False
     ranges: dict[str, Range] = Field(default_factory=dict)
     scales: dict[str, tuple[FloatArray, ...]] = Field(default_factory=dict, exclude=True)
     integers: dict[str, tuple[IntArray, ...]] = Field(default_factory=dict, exclude=True)
@@ -193,7 +194,9 @@ class Plan(BaseModel):
     @classmethod
     def _hold_zero(cls, ranges: dict[str, Range]) -> dict[str, Range]:
         for name, (rmin, rmax) in ranges.items():
-            if not (np.isfinite([rmin, rmax]).all() and rmin <= 0 <= rmax):
+            with np.errstate(over="ignore"):
+                ends = np.asarray([rmin, rmax], np.float32)
+            if not (np.isfinite(ends).all() and rmin <= 0 <= rmax):
                 raise ValueError(f"the range of {name!r} must be finite and hold 0")
         return ranges
 
@@ -241,7 +244,8 @@ class Plan(BaseModel):
             for node in self.nodes
         ]
         ranges = {"ranges": self.ranges} if self.ranges else {}
-        return {"format_version": self.format_version, "nodes": nodes, **ranges}
+        equalized = {"equalized": True} if self.equalized else {}
+        return {"format_version": self.format_version, **equalized, "nodes": nodes, **ranges}
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 Effort = Literal["fast", "normal", "high"]
 
 # How often every node is gone through.
-ROUNDS: Mapping[Effort, int] = {"fast": 0, "normal": 1, "high": 3}
+ROUNDS: Mapping[Effort, int] = {"fast": 0, "normal": 0, "high": 3}
 STAGE_WEIGHT = 1.0
 # A change has to bring this share of the error, on either part of the samples.
 SMALLEST_GAIN = 1e-4
@@ -70,8 +70,9 @@ def refine_blocks(
         model: the canonical model; only read.
         plan: as `calibrate_weights` returns it; nodes without integers are left alone.
         samples: feeds for `model`, of which at most 64 are used, every fourth one to judge alone.
-        effort: how many rounds over the nodes of every block: none, 1 or 3; nothing else limits
-            the time, so that the result is the same on every machine.
+        effort: how many rounds over the nodes of every block: at most 3 with high, else
+            none; nothing else limits
+            the time: the result is the same on every machine.
         stage_weight: λ.
         threads: of onnxruntime; its default if not given.
         progress: called with (what, done, total).
@@ -89,7 +90,8 @@ def refine_blocks(
     copies = {key: dict(getattr(plan, key)) for key in ("scales", "integers", "bias")}
     made = plan.model_copy(update=copies)
     rounds, count = ROUNDS[effort], len(samples)
-    feeds = [samples[i * count // min(count, MOST_SAMPLES)] for i in range(min(count, 64))]
+    fit = min(count, MOST_SAMPLES)
+    feeds = [samples[i * count // fit] for i in range(fit)]
     if rounds == 0 or len(feeds) < HELD_OUT_EVERY:
         reason = "" if rounds == 0 else "refining blocks needs 4 samples or more"
         return made, (reason,) if reason else ()
@@ -138,7 +140,14 @@ class _Search:
                     self._advance(block, wanted, {})
                 for at, block in enumerate(stage.blocks):
                     self._advance(block, exact, {})
-                    part = _Part(self, block, stage.blocks[at + 1 :], exact, wanted, quantized)
+                    part = _Part(
+                        self,
+                        block,
+                        stage.blocks[at + 1 :],
+                        exact=exact,
+                        wanted=wanted,
+                        quantized=quantized,
+                    )
                     for name in part.planned:
                         done += 1
                         tried += part.refine(name, self.rounds)
@@ -218,6 +227,7 @@ class _Part:
         search: _Search,
         block: Block,
         rest: Sequence[Block],
+        *,
         exact: list[Tensors],
         wanted: list[Tensors],
         quantized: list[Tensors],

@@ -92,7 +92,10 @@ class Search:
         if kept is None:
             raise self._infeasible(f"{tolerance} cannot be kept")
         if not kept.plan.quantized:
-            raise self._infeasible(f"{tolerance} is only kept by the float model", kept)
+            what = f"{tolerance} is only kept by the float model"
+            if self.goal.minimize == "latency":
+                what = f"nothing that keeps {tolerance} is faster than the float model"
+            raise self._infeasible(what, kept)
         self._check_bounds(kept)
         return self._allocation(kept)
 

@@ -50,12 +50,14 @@ def runtime_version(text: str | None) -> tuple[int, int]:
         ConfigError: the text is no version.
     """
     try:
-        major, minor = (text or ort.__version__).split(".")[:2]
-        return int(major), int(minor)
+        major, minor = (int(part) for part in (text or ort.__version__).split(".")[:2])
+        if text is not None and not (1, 20) <= (major, minor) < (10, 0):
+            raise ValueError
     except ValueError:
         raise ConfigError(
-            f"--min-runtime {text!r}: give a version of onnxruntime, as 1.20"
+            f"--min-runtime {text!r}: give a version of onnxruntime from 1.20 on, as 1.22"
         ) from None
+    return major, minor
 
 
 def open_session(

@@ -1,4 +1,4 @@
-"""Small models timed against each other, with nothing of what calling them takes."""
+"""Small models timed against each other."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper
 
-from onnxq.comparison import time_in_turns
+from onnxq.comparison import paired_ratios, quartiles, time_in_turns
 from onnxq.excerpts import signature
 
 Array = npt.NDArray[Any]
 
 _WARMUP = 2
 _FATAL_ONLY = 4
-_LEAST = 1e-9  # seconds; what is no slower than an empty call takes next to nothing
 
 
 class Runner:
@@ -89,7 +88,10 @@ class Timer:
         values: Mapping[str, Array],
         seconds: float,
     ) -> float:
-        """Time of a model over that of the reference (its kind, and it itself); nan if it fails."""
+        """Time of a model over that of the reference (its kind, and it itself); nan if it fails.
+
+        What a call takes by itself is in both.
+        """
         kind = self.kind(model, values)
         if kind is None:
             return np.nan
@@ -98,22 +100,17 @@ class Timer:
             return 1.0
         if key not in self._ratios:
             times = self.times([reference[1], self.runner(model, values)], seconds)
-            self._ratios[key] = float(np.median(times[:, 1] / times[:, 0]))
+            self._ratios[key] = quartiles(paired_ratios(times)[:, 1]).median
         return self._ratios[key]
 
     def times(self, runs: Sequence[Callable[[], None]], seconds: float) -> Array:
-        """Seconds, [rounds, runs], without those of an empty call."""
-        found = time_in_turns(
-            [*runs, self._empty()],
-            warmup=_WARMUP,
-            rounds=self.rounds,
-            seconds=seconds,
-            clock=self.clock,
+        """Seconds, float64 [rounds, runs]."""
+        return time_in_turns(
+            runs, warmup=_WARMUP, rounds=self.rounds, seconds=seconds, clock=self.clock
         )
-        empty = float(np.median(found[:, -1]))
-        return np.asarray(np.maximum(found[:, :-1] - empty, _LEAST))
 
-    def _empty(self) -> Runner:
+    def empty(self) -> Runner:
+        """A model that does nothing, for what a call takes by itself."""
         x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy")
         graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "empty", [x], [y])
         model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 13)])

@@ -39,7 +39,7 @@ class Trial:
 
     def __init__(self, model: Model, feeds: Iterable[Feed], threads: int | None = None) -> None:
         self._feeds, self.threads = feeds, threads
-        self._folder = tempfile.TemporaryDirectory(prefix="onnxq-")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._source = self._written(model, "float.onnx")
         self.float_bytes = _size(self._source)
         self.reference = open_session(self._source, threads=threads)
@@ -50,7 +50,8 @@ class Trial:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def write(self, plan: Plan) -> bytes | Path:
         """The model that a plan makes; a path is overwritten by the next one.
@@ -108,6 +109,8 @@ class Trial:
         if export(model).size < _IN_MEMORY:
             content: bytes = to_proto(model).SerializeToString()
             return content
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="onnxq-")
         # not over a file that is still mapped: a copy of the float model reads from its own
         path = Path(self._folder.name) / name
         save(model, path)

@@ -33,13 +33,13 @@ class Validation:
         shapes: Mapping[str, Sequence[int]],
     ) -> None:
         self._reference = reference
-        self._samples: Samples | None = None
+        self.samples: Samples | None = None
         self.found: Comparison | None = None
         self.warnings: tuple[str, ...] = ()
         session = open_session(reference)
         self.inputs = input_specs(session)
         try:
-            self._samples = choose_samples(session, data, shapes)
+            self.samples = choose_samples(session, data, shapes)
         except ValidationError as error:
             self.warnings = (
                 f"not validated: the float model fails on made-up inputs ({error}); give --data",
@@ -52,8 +52,8 @@ class Validation:
             ValidationError: it does not load, or its outputs have other shapes or are not finite.
         """
         actual = open_session(written)
-        if self._samples is not None:
-            self.found = compare_sessions(open_session(self._reference), actual, self._samples)
+        if self.samples is not None:
+            self.found = compare_sessions(open_session(self._reference), actual, self.samples)
 
 
 def write_checked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,10 @@ def moves(channels: tuple[Array, Array] | None, own: Array | float) -> Iterator[
         if np.isfinite(found).all() and np.isfinite(wanted).all():
             gamma, beta = fit_affine(found, wanted, measure="mse")
             shift = np.mean(wanted - found, axis=0, dtype=np.float64)
-            yield lambda numbers: affine(numbers, gamma, beta + (gamma - 1) * own)
-            yield lambda numbers: affine(numbers, np.ones_like(shift), shift)
+            yield partial(affine, gamma=gamma, beta=beta + (gamma - 1) * own)
+            yield partial(affine, gamma=np.ones_like(shift), beta=shift)
     for factor in FACTORS:
-        yield lambda numbers, factor=factor: affine(numbers, np.float64(factor), (factor - 1) * own)
+        yield partial(affine, gamma=np.float64(factor), beta=(factor - 1) * own)
 
 
 def affine(numbers: Numbers, gamma: Array, beta: Array | float) -> Numbers:

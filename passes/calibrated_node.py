@@ -12,21 +12,19 @@ from onnxq.kernels_ref import (
     ClipMeasure,
     OutputSamples,
     Series,
-    beam_width,
     descend,
     fit_affine,
     keep_if_better,
     least_squares_target,
     realize,
     restore,
-    round_beam,
     round_second_order,
     search_clip,
     series_scales,
     spread,
 )
 from onnxq.passes.node_samples import NodeSamples, Numbers
-from onnxq.passes.rounded_clip import FINE, search_rounded_clip
+from onnxq.passes.rounded_clip import search_rounded_clip
 from onnxq.plan import NodePlan
 
 Array = npt.NDArray[Any]
@@ -41,8 +39,6 @@ USUAL_TARGET_DAMPING = 0.3
 # The same for what the weights that are rounded last make up for.
 DAMPINGS = (0.05, 0.01, 1e-3, 1e-4)
 USUAL_DAMPING = 0.01
-# Where inputs are few, samples say enough of all of them.
-BEAM_DAMPING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -54,14 +50,14 @@ class NodeSettings:
         rounding: second_order aims at the float model's output, with what earlier nodes got wrong.
         affine: the measure of the slope and offset fitted at last.
         bias_correction: whether the mean output is made right.
-        beam: whether nodes of few inputs are rounded along several ways at once.
+        descent: whether single integers are changed after second-order rounding.
     """
 
     measure: ClipMeasure = "mse"
     rounding: Rounding = "second_order"
     affine: Affine = "none"
     bias_correction: bool = True
-    beam: bool = True
+    descent: bool = True
 
 
 def plan_node(
@@ -78,7 +74,7 @@ def plan_node(
     pull = _target_damping(samples, settings, wanted)
     target = wanted.target(pull)
     scales = _unclipped(target, entry)
-    damping = _damping(samples, wanted, target, scales, entry, settings)
+    damping = _damping(samples, wanted, target, scales, entry=entry, settings=settings)
     rounded = _rounded(samples, target, scales, entry, settings, damping=damping)
     found, first = wanted.corrected(rounded), wanted.corrected(plain)
     zero = np.zeros(len(target))
@@ -88,8 +84,8 @@ def plan_node(
     wanted = Wanted.of(samples, settings)
     first = wanted.corrected(plain)
     if chosen is found:
-        found = _rounded_at_last(samples, wanted.target(pull), entry, settings, damping)
-        found = wanted.corrected(found)
+        rounded = _rounded_at_last(samples, wanted.target(pull), entry, settings, damping)
+        found = wanted.corrected(rounded)
         chosen = found if samples.held.error(found) <= samples.held.error(first) else first
     else:
         chosen = first
@@ -180,6 +176,7 @@ def _damping(
     wanted: Wanted,
     target: Array,
     scales: tuple[Array, ...],
+    *,
     entry: NodePlan,
     settings: NodeSettings,
 ) -> float:
@@ -217,11 +214,9 @@ def _rounded_at_last(
     """With the clip ratios that are best for this target; then single integers are changed."""
     scales = _clipped(samples, target, _unclipped(target, entry), entry, settings, damping=damping)
     series = _rounded(samples, target, scales, entry, settings, damping=damping)
-    if settings.rounding == "nearest":
+    if settings.rounding == "nearest" or not settings.descent:
         return series
     hessian, _ = _moments(samples, settings)
-    if settings.beam:
-        series = _beamed(target, series, hessian, entry, settings, damping)
     *first, last = series.terms
     changed = descend(
         last.q.astype(np.int8, copy=False),
@@ -232,44 +227,6 @@ def _rounded_at_last(
         damping=damping,
     )
     return replace(series, terms=(*first, replace(last, q=changed)))
-
-
-def _beamed(
-    target: Array,
-    series: Series,
-    hessian: Array,
-    entry: NodePlan,
-    settings: NodeSettings,
-    damping: float,
-) -> Series:
-    """One term per channel, of few inputs: rows that `round_beam` makes better."""
-    ratios = (1.0,) if settings.measure == "absmax" else FINE
-    width = beam_width(*target.shape, len(ratios))
-    if not width or entry.terms > 1 or entry.block_size is not None:
-        return series
-    (unclipped,), (term,) = _unclipped(target, entry), series.terms
-    q, scale = round_beam(
-        target,
-        unclipped,
-        hessian,
-        bits=entry.bits,
-        ratios=ratios,
-        width=width,
-        damping=min(damping, BEAM_DAMPING),
-    )
-    costs = [
-        _squared(target - levels * steps[:, np.newaxis], hessian)
-        for levels, steps in ((q, scale), (term.q, term.scale))
-    ]
-    better = costs[0] < costs[1]
-    chosen = np.where(better[:, np.newaxis], q, term.q), np.where(better, scale, term.scale)
-    return replace(series, terms=(replace(term, q=chosen[0], scale=chosen[1]),))
-
-
-def _squared(error: Array, hessian: Array) -> Array:
-    """The error eᵀHe per row; error [out, in], hessian [groups, in, in]."""
-    split = error.astype(np.float64).reshape(len(hessian), -1, error.shape[1])
-    return np.asarray(np.einsum("gri,gri->gr", np.matmul(split, hessian), split).reshape(-1))
 
 
 def _positive(scale: Array) -> Array:

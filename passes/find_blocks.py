@@ -8,7 +8,7 @@ has blocks and stages of its networks; finding them in a graph is our own). Long
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnx import GraphProto
@@ -71,11 +71,11 @@ def find_blocks(
     A graph without planned nodes has no stages.
     """
     walk = _Walk.of(graph)
-    if not any(graph.node[i].name in chosen for i in walk.order):
+    planned = [at for at, i in enumerate(walk.order) if graph.node[i].name in chosen]
+    if not planned:
         return []
-    ends = _single_ends(walk)
-    ends = _finer(graph, walk, ends, chosen, largest, most_live)
-    blocks = _blocks(graph, walk, ends, chosen)
+    ends = _finer(walk, _single_ends(walk), planned, largest, most_live)
+    blocks = _blocks(graph, walk, ends, planned)
     stages: list[list[Block]] = []
     before: tuple[int, ...] | None = None
     for block in blocks:
@@ -101,7 +101,6 @@ class _Walk:
     @classmethod
     def of(cls, graph: GraphProto) -> _Walk:
         stored = {tensor.name for tensor in graph.initializer}
-        stored |= {tensor.values.name for tensor in graph.sparse_initializer}
         fed = [value.name for value in graph.input if value.name not in stored]
         varies = set(fed)
         order = []
@@ -133,54 +132,43 @@ def _single_ends(walk: _Walk) -> list[int]:
 
 
 def _finer(
-    graph: GraphProto,
-    walk: _Walk,
-    ends: list[int],
-    chosen: Collection[str],
-    largest: int,
-    most_live: int,
+    walk: _Walk, ends: list[int], planned: Sequence[int], largest: int, most_live: int
 ) -> list[int]:
     """The ends, and in parts of too many planned nodes more of them, where fewest are live."""
     found: list[int] = []
     begin = 0
     for end in ends:
-        planned = [at for at in range(begin, end + 1) if _is(graph, walk, at, chosen)]
-        while len(planned) > largest:
+        inside = [at for at in planned if begin <= at <= end]
+        while len(inside) > largest:
             # Between the second of these planned nodes and the one that would be too many.
-            places = range(planned[1], planned[largest])
-            place = min(places, key=lambda at: (len(walk.live[at]), -at))
+            place = min(range(inside[1], inside[largest]), key=lambda at: (len(walk.live[at]), -at))
             if len(walk.live[place]) > most_live:
-                planned = planned[largest:]
+                inside = inside[largest:]
                 continue
             found.append(place)
-            planned = [at for at in planned if at > place]
+            inside = [at for at in inside if at > place]
         found.append(end)
         begin = end + 1
     return found
 
 
-def _blocks(
-    graph: GraphProto, walk: _Walk, ends: list[int], chosen: Collection[str]
-) -> list[Block]:
+def _blocks(graph: GraphProto, walk: _Walk, ends: list[int], planned: Sequence[int]) -> list[Block]:
     """Each ends as late as can be before the next planned node: with its activation and pooling."""
-    kept: list[int] = []
-    for end, after in zip(ends, [*ends[1:], None], strict=True):
-        has = any(
-            _is(graph, walk, at, chosen) for at in range(kept[-1] + 1 if kept else 0, end + 1)
-        )
-        last = after is None
-        more = not last and any(_is(graph, walk, at, chosen) for at in range(end + 1, after + 1))
-        if last or (has and more):
-            kept.append(end)
-    blocks, begin, inputs = [], 0, walk.start
-    for end in kept:
-        blocks.append(Block(walk.order[begin : end + 1], inputs, walk.live[end]))
-        begin, inputs = end + 1, walk.live[end]
+    blocks: list[Block] = []
+    begin, inputs = 0, walk.start
+    for place, end in enumerate(ends):
+        last = place == len(ends) - 1
+        has = any(begin <= at <= end for at in planned)
+        more = not last and any(end < at <= ends[place + 1] for at in planned)
+        if not last and not (has and more):
+            continue
+        nodes = walk.order[begin : end + 1]
+        at_hand = {*inputs, *(name for i in nodes for name in graph.node[i].output)}
+        # Outputs of the model that an earlier block computes are not judged again.
+        outputs = tuple(name for name in walk.live[end] if name in at_hand)
+        blocks.append(Block(nodes, inputs, outputs))
+        begin, inputs = end + 1, outputs
     return blocks
-
-
-def _is(graph: GraphProto, walk: _Walk, at: int, chosen: Collection[str]) -> bool:
-    return graph.node[walk.order[at]].name in chosen
 
 
 def _space(

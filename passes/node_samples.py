@@ -178,7 +178,8 @@ class NodeSamples:
             self.rows.read_output(part[sample], shape, limit, self._rng(sample))
             for part in self._added
         )
-        return exact - quantized
+        with np.errstate(invalid="ignore"):  # what is not finite is refused by the caller
+            return exact - quantized
 
     def _per_sample(self, rows: int) -> int:
         """How many of so many rows in all come from one sample, of what memory allows."""

@@ -107,6 +107,24 @@ def test_columns_far_beyond_what_was_expected():
     assert np.abs(y[1] - exact[1]).max() <= 0.01 * np.abs(exact[1]).max()
 
 
+def test_beside_terms_of_some_channels():
+    """The rows of the weight are those of all its terms, whichever channels they cover."""
+    w, x = weights(WIDTH, OUT), weights(3, WIDTH, seed=1)
+    x[:, [3, 20]] *= 100
+    points = np.array([1, 3, 2, 1, 3], np.int8)
+    entry = SelectNodes(activations="dynamic", bits=4, terms=3)(load(model(LINEAR, {"w": w})))
+    entry = entry["fc"].model_copy(update={"outliers": (3, 20), "activation_terms": 4})
+
+    def output(columns):
+        node_plan = entry.model_copy(update={"outliers": columns, "products": "all"})
+        after, _ = expand(model(LINEAR, {"w": w}), Plan(nodes=[node_plan], points={"fc": points}))
+        return run(after, {"x": x})[0]
+
+    # With four terms nothing but the weight's error is left, which columns do not change.
+    scale = np.abs(x) @ np.abs(w)
+    assert (np.abs(output((3, 20)) - output(())) <= gamma(WIDTH + 30) * scale).all()
+
+
 class TestGraph:
     def test_readers_of_one_tensor_share_the_split(self):
         constants = {"w": weights(WIDTH, OUT), "v": weights(WIDTH, OUT, seed=1)}
