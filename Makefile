@@ -11,16 +11,20 @@ OUT    ?= out
 
 DEMO := models/digits_repvgg.onnx
 DATA := --data models/digits_test.npz
+CALIBRATION := --calibration models/digits_calibration.npz
 
 demo: $(VENV)/.run
 	@mkdir -p $(OUT)
 	@echo; echo "# 1. parallel basis nodes, integer compute: what Netron shows best"
-	$(BIN)/onnxq quantize $(DEMO) $(OUT)/digits_parallel.onnx $(DATA) \
+	$(BIN)/onnxq quantize $(DEMO) $(OUT)/digits_parallel.onnx $(DATA) --terms 2 \
 	  --plan-out $(OUT)/digits_plan.json --report $(OUT)/report.html
-	@echo; echo "# 2. the same terms merged, float compute: a small file at float speed"
-	$(BIN)/onnxq quantize $(DEMO) $(OUT)/digits_merged.onnx $(DATA) \
-	  --activations none --layout merged --quiet
-	$(BIN)/onnxq compare $(DEMO) $(OUT)/digits_merged.onnx $(DATA)
+	@echo; echo "# 2. one 4-bit term, rounded to samples, float compute: a small file at float speed"
+	$(BIN)/onnxq quantize $(DEMO) $(OUT)/digits_4bit.onnx $(CALIBRATION) \
+	  --activations none --terms 1 --layout merged --quiet
+	$(BIN)/onnxq compare $(DEMO) $(OUT)/digits_4bit.onnx $(DATA)
+	@echo; echo "# 3. bits chosen for a tolerance"
+	$(BIN)/onnxq quantize $(DEMO) $(OUT)/digits_tolerance.onnx $(CALIBRATION) $(DATA) \
+	  --activations none --tolerance error=2%
 	@echo; echo "report: $(OUT)/report.html   plan: $(OUT)/digits_plan.json"
 	@echo "open $(OUT)/digits_parallel.onnx in Netron to see the basis nodes"
 

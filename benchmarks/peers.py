@@ -78,7 +78,8 @@ PEERS: dict[str, Make] = {
     "onnxruntime dynamic, per channel": partial(_dynamic, per_channel=True),
     "onnxruntime static": _static,
     "onnxruntime static, u8·s8 per channel": partial(_static, **_BEST),
-    "onnxq dynamic, 2 × 4 bits": _ours,
+    "onnxq, no options (dynamic)": _ours,
+    "onnxq dynamic, 2 × 4 bits": partial(_ours, terms=2),
     "onnxq dynamic, 2 × 4 bits merged": partial(_ours, layout="merged"),
     "onnxq dynamic, 1 × 7 bits": partial(_ours, weight_bits=7, terms=1),
     "onnxq static, 8 bits": partial(_ours, data=True, activations="static", weight_bits=8, terms=1),
@@ -90,7 +91,7 @@ PEERS: dict[str, Make] = {
 }
 
 
-def _sources(folder: Path, only: str) -> Iterator[tuple[str, Path, Arrays]]:
+def sources(folder: Path, only: str) -> Iterator[tuple[str, Path, Arrays]]:
     import sys
 
     sys.path.insert(0, str(ROOT / "models"))
@@ -124,7 +125,7 @@ def main(
     logging.disable(logging.WARNING)
     os.environ.setdefault("ORT_LOGGING_LEVEL", "3")
     with tempfile.TemporaryDirectory() as folder:
-        for name, source, arrays in _sources(Path(folder), only):
+        for name, source, arrays in sources(Path(folder), only):
             _one(name, source, arrays, Path(folder), threads=threads, rounds=rounds, peers=peers)
 
 
