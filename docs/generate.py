@@ -60,12 +60,13 @@ def render_forms() -> str:
         "# Forms",
         "",
         "Which nodes are written for which operator, bits and CPU, the kernel of onnxruntime that",
-        "they reach, and why. Generated from `passes/forms.py` by `python docs/generate.py`; a test",
-        "builds each form and looks for its kernel in the graph that onnxruntime makes of it.",
+        "they reach, and why. Generated from `passes/forms.py` by `python docs/generate.py`; a",
+        "test builds each form and looks for its kernel in the graph that onnxruntime makes of it.",
         "`onnxq doctor` says which target this machine is. Bits are those of one integer product:",
         "merged terms count together.",
         "",
-        "| operator | activations | bits | layout | target | activation·weight | nodes | kernel | why |",
+        "| operator | activations | bits | layout | target | activation·weight | nodes | kernel "
+        "| why |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for form in FORMS:

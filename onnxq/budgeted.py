@@ -65,8 +65,8 @@ class Budgeted:
         tolerance = options.effective_tolerance
         return Goal(
             tolerance=None if tolerance is None else Tolerance.parse(tolerance),
-            max_latency=options.max_latency and parse_latency(options.max_latency),
-            max_bytes=options.max_size and parse_size(options.max_size, self.float_bytes),
+            max_latency=parse_latency(options.max_latency) if options.max_latency else None,
+            max_bytes=parse_size(options.max_size, self.float_bytes) if options.max_size else None,
             minimize=options.effective_minimize,
         )
 

@@ -189,7 +189,8 @@ class _Walk:
 
     def _node(self, frontier: Frontier, site: _Site, index: int) -> None:
         plan, name = self.plan, site.entry.name
-        given = name in plan.integers
+        partial = site.entry.offset or site.entry.centre or name in plan.points
+        given = name in plan.integers or partial  # terms of parts keep what was found for them
         twin = None if given else self._shared.get(site.shared_key)
         if twin is not None:
             plan.scales[name], plan.integers[name] = plan.scales[twin], plan.integers[twin]

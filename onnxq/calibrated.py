@@ -9,14 +9,17 @@ import numpy as np
 
 from onnxq.calibrate_weights import calibrate_weights
 from onnxq.calibration import Calibration
+from onnxq.feeds import Feed
 from onnxq.model import Model
 from onnxq.options import Options
 from onnxq.passes.fit_bias import FitBias
 from onnxq.passes.fit_pairs import needs_pairs
 from onnxq.passes.search_scales import match_plan, node_series
 from onnxq.plan import Plan
+from onnxq.refine_blocks import refine_blocks
 from onnxq.static import plan_static
 
+REFINED = 64
 Progress = Callable[[str, int, int], None]
 
 
@@ -50,9 +53,17 @@ class Calibrated:
             bias_correction=options.bias_correction,
             progress=self.progress,
         )
+        if options.effort == "high":
+            plan, more = refine_blocks(model, plan, self._some(), progress=self.progress)
+            notes += more
         if static:  # once more: a corrected bias may be larger
             plan = FitBias()(model, plan)
         return plan, notes
+
+    def _some(self) -> list[Feed]:
+        """At most REFINED samples, evenly spread: refining keeps tensors of all of them."""
+        few = self.samples if len(self.samples) <= REFINED else self.samples.split(REFINED)[1]
+        return list(few)
 
     def _pin_pairs(self, model: Model, plan: Plan) -> None:
         """Keep the roundings that cannot saturate; only their bias is calibrated."""

@@ -78,8 +78,8 @@ EFFICIENT: tuple[Candidate, ...] = (
 )
 
 
-# Integer compute takes a product per term, so that three terms of 4 bits, though smaller, are slower
-# than two of 8; and it has no blocks.
+# Integer compute takes a product per term, so that three terms of 4 bits, though smaller, are
+# slower than two of 8; and it has no blocks.
 INTEGER: tuple[Candidate, ...] = (bits(4), bits(8), bits(8, terms=2), LEFT_IN_FLOAT)
 
 

@@ -80,5 +80,5 @@ def sweep_model(
     )
     save_json(found, target / "sweep.json")
     if draw is not None:
-        picture(found, draw)
+        picture(found, Path(draw))
     return found
