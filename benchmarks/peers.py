@@ -108,9 +108,9 @@ def sources(folder: Path, only: str) -> Iterator[tuple[str, Path, Arrays]]:
         archive = np.load(ROOT / "models" / "digits_test.npz")
         arrays = {k: archive[k][: CALIBRATION + 200] for k in archive.files if k != "label"}
         yield "digits_repvgg", path, arrays
-    for name in ("squeezenet1.1", "mobilenet_v1_0.75_224", "minilm_l6_v2"):
+    for name in ("cifar10_resnet20", "squeezenet1.1", "mobilenet_v1_0.75_224", "minilm_l6_v2"):
         if only in name and MODELS.exists():
-            count = CALIBRATION + (16 if name.startswith("minilm") else 100)
+            count = CALIBRATION + {"minilm_l6_v2": 16, "cifar10_resnet20": 1000}.get(name, 100)
             yield name, MODELS / f"{name}.onnx", samples(name, count)
 
 
