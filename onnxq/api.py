@@ -197,7 +197,9 @@ def _samples(
         return None
     if plan is not None:
         raise ConfigError("--calibration beside --plan: the plan holds what calibration found")
-    return open_calibration(source, check.inputs, images)
+    samples = open_calibration(source, check.inputs, images)
+    check.runs_on(samples)
+    return samples
 
 
 def _globs(globs: Sequence[str]) -> tuple[str, ...]:

@@ -10,12 +10,13 @@ from typing import Any, TypeGuard
 import numpy.typing as npt
 import onnx
 
+from onnxq.calibration import Calibration
 from onnxq.comparison import Comparison, compare_sessions
 from onnxq.errors import ModelError, ValidationError
 from onnxq.feeds import Samples, choose_samples
 from onnxq.files import check_target, model_bytes
 from onnxq.model import Model, save, to_proto
-from onnxq.session import input_specs, open_session
+from onnxq.session import input_specs, open_session, run
 
 DataSource = str | Path | Mapping[str, npt.NDArray[Any]] | None
 
@@ -44,6 +45,19 @@ class Validation:
             self.warnings = (
                 f"not validated: the float model fails on made-up inputs ({error}); give --data",
             )
+
+    def runs_on(self, samples: Calibration) -> None:
+        """Run the float model on every calibration sample, before any long work on them.
+
+        Raises:
+            CalibrationError: it fails on one; names it.
+        """
+        session = open_session(self._reference)
+        for index, feed in enumerate(samples):
+            try:
+                run(session, feed)
+            except ValidationError as error:
+                raise samples.failing(index, error) from None
 
     def __call__(self, written: Path | bytes) -> None:
         """Compare a model that was just written.

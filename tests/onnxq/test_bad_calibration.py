@@ -176,3 +176,19 @@ def test_ctrl_c_while_ranges_are_measured(source: Path) -> None:
     assert process.returncode == 130, errors
     assert "Traceback" not in errors and errors.count("\n") <= 1
     assert contents(source.parent) == before
+
+
+@pytest.mark.parametrize("activations", ["none", "dynamic", "static"])
+def test_a_sample_on_which_the_model_fails_is_named(tmp_path: Path, activations: str) -> None:
+    text = """g (int64[N,2] i) => (float[N,2,3] y) {
+        [rows] e = Gather (t, i)
+        [dot] y = MatMul (e, w)
+    }"""
+    proto = small.model(text, {"t": small.weights(5, 4), "w": small.weights(4, 3)})
+    source = write(proto, tmp_path / "in.onnx")
+    np.savez(tmp_path / "c.npz", i=np.array([[0, 1], [2, 3], [4, 5]]))
+    message = refused(
+        *(tmp_path, "quantize", source, tmp_path / "out.onnx", "--calibration", tmp_path / "c.npz"),
+        *("--activations", activations, "--terms", "1"),
+    )
+    assert "sample 2: the float model fails on it" in message

@@ -18,7 +18,10 @@ LAYERS = (
     ("onnxq.kernels_ref",),
     ("onnxq.errors", "onnxq.files", "onnxq.plan", "onnxq.model"),
     ("onnxq.passes",),
-    ("onnxq.pipeline", "onnxq.session", "onnxq.feeds", "onnxq.comparison", "onnxq.validation"),
+    (
+        *("onnxq.pipeline", "onnxq.session", "onnxq.feeds", "onnxq.comparison", "onnxq.validation"),
+        *("onnxq.calibration", "onnxq.calibration_sources", "onnxq.images"),
+    ),
     ("onnxq",),  # api, report, inspection, and whatever is not named here
     ("onnxq.show",),
     ("onnxq.cli",),
