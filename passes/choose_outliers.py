@@ -41,7 +41,8 @@ class ChooseOutliers:
         inputs = {
             entry.name: candidate.node.inputs[0].name
             for entry, (candidate, weight) in match_plan(model, plan)
-            if _may_have_outliers(entry) and weight.slot == 1
+            # tensors of bodies cannot be observed
+            if _may_have_outliers(entry) and weight.slot == 1 and not candidate.inner
         }
         ranges: dict[str, tuple[Array, Array]] = {}
         for values in self.observe(list(dict.fromkeys(inputs.values()))):
