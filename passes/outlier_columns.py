@@ -19,6 +19,7 @@ from onnx import TensorProto
 
 from onnxq.passes.quantize_activations import ActivationQuantizer
 from onnxq.passes.site import Site
+from onnxq.passes.stored_terms import ADDED_TERM
 
 
 class SplitInput(NamedTuple):
@@ -70,5 +71,9 @@ def column_product(site: Site, split: SplitInput, terms: Sequence[Rows]) -> Any:
             zero = builder.scalar(np.float32(term.zero_point))
             rows = builder.add("Sub", f"{base}/centred", [rows, zero])
         rows = builder.add("Mul", f"{base}/rescaled", [rows, term.scale])
-        total = rows if total is None else builder.add("Add", f"{base}/sum", [total, rows])
+        if total is None:
+            total = rows
+            continue
+        mark = {ADDED_TERM: str(i)}  # what `truncate` takes out
+        total = builder.add("Add", f"{base}/sum", [total, rows], metadata=mark)
     return builder.add("MatMul", name, [split.few, total], metadata={"onnxq.node": site.name})

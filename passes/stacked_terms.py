@@ -17,6 +17,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from onnxq.passes.site import Site
+from onnxq.passes.stored_terms import ADDED_TERM
 from onnxq.passes.whole_terms import spread_rows
 
 Array = npt.NDArray[Any]
@@ -73,7 +74,8 @@ class Stack:
         rows = spread_rows(builder, carrier, np.empty(0, int), shape, base, fill=kind(zero_point))
         for i in self.terms:
             part = site.stored.integer_rows(builder, i, to, zero_point)
-            rows = _scattered(site, rows, part, self._places(i), f"{base}/term{i}")
+            mark = {ADDED_TERM: str(i)}  # what `truncate` takes out
+            rows = _scattered(site, rows, part, self._places(i), f"{base}/term{i}", metadata=mark)
         if self.offset:
             target = builder.constant(
                 f"{base}/ones/shape", np.array((self.groups, *inner), np.int64)
@@ -167,9 +169,17 @@ class Stack:
         return builder.add("Gather", name, [outputs, places], attrs={"axis": 1})
 
 
-def _scattered(site: Site, whole: Any, part: Any, places: Array, base: str) -> Any:
+def _scattered(
+    site: Site,
+    whole: Any,
+    part: Any,
+    places: Array,
+    base: str,
+    *,
+    metadata: dict[str, str] | None = None,
+) -> Any:
     index = site.builder.constant(f"{base}/places", places[:, np.newaxis].astype(np.int64))
-    return site.builder.add("ScatterND", base, [whole, index, part])
+    return site.builder.add("ScatterND", base, [whole, index, part], metadata=metadata)
 
 
 def _reshaped(site: Site, tensor: Any, shape: Sequence[int], name: str) -> Any:

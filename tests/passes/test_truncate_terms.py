@@ -340,3 +340,18 @@ class TestChangedFiles:
         with pytest.raises(ModelError, match=r"node 'fc/term1' .* was changed since"):
             TruncateTerms(1)(loaded)
         assert to_proto(loaded) == proto  # nothing was cut before that was found
+
+
+def test_outlier_columns_lose_their_terms_too():
+    """The float product of the outlier columns holds the kept terms alone."""
+    plan = onnxq.quantize(NET, terms=3, series="fixed_ratio").plan
+    entry = plan["fc"].model_copy(update={"outliers": (1, 4)})
+    plan.nodes = [entry if node.name == "fc" else node for node in plan.nodes]
+    whole = onnxq.quantize(NET, plan=plan).model
+    nodes = [node.model_copy(update={"terms": 2}) for node in plan.nodes]
+    two = plan.model_copy(
+        update={"nodes": nodes, "scales": {k: v[:2] for k, v in plan.scales.items()}}
+    )
+    assert_equal_runs(truncated(whole, 2), onnxq.quantize(NET, plan=two).model)
+    packed = (16 * 3 * 3 * 3 + 16 * 5) // 2
+    assert truncated(whole, 2).ByteSize() <= whole.ByteSize() - packed
