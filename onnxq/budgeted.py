@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnxq.allocate import Allocation, Goal, Infeasible, allocate, allocate_without_data, split
-from onnxq.calibrate_weights import calibrate_weights
+from onnxq.calibrated import round_to_samples
 from onnxq.calibration import Calibration
 from onnxq.candidates import EFFICIENT, INTEGER
 from onnxq.goal import parse_size
@@ -94,16 +94,8 @@ class Budgeted:
         fit, judge = split(self.samples, refined=True)
 
         def refine(model: Model, plan: Plan) -> Plan:
-            return calibrate_weights(
-                model,
-                plan,
-                fit,  # type: ignore[arg-type]  # split keeps a Calibration a Calibration
-                measure=self.options.clip,
-                rounding=self.options.rounding,
-                affine=self.options.affine,
-                bias_correction=self.options.bias_correction,
-                progress=self.progress,
-            )[0]
+            # split keeps a Calibration a Calibration
+            return round_to_samples(model, plan, fit, self.options, self.progress)[0]  # type: ignore[arg-type]
 
         return allocate(
             model,

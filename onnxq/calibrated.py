@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxq.calibrate_weights import calibrate_weights
+from onnxq.calibrate_weights import Feeds, calibrate_weights
 from onnxq.calibration import Calibration
 from onnxq.feeds import Feed
 from onnxq.model import Model
@@ -21,6 +21,25 @@ from onnxq.static import plan_static
 
 REFINED = 64
 Progress = Callable[[str, int, int], None]
+
+
+def round_to_samples(
+    model: Model, plan: Plan, samples: Feeds, options: Options, progress: Progress
+) -> tuple[Plan, tuple[str, ...]]:
+    """`calibrate_weights` with the user's options.
+
+    Raises: as `calibrate_weights`.
+    """
+    return calibrate_weights(
+        model,
+        plan,
+        samples,
+        measure=options.clip,
+        rounding="nearest" if options.effort == "fast" else options.rounding,
+        affine=options.affine,
+        bias_correction=options.bias_correction,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,18 +61,8 @@ class Calibrated:
         if static:
             plan = plan_static(model, plan, self.samples, self.options.ranges, self.progress)
             self._pin_pairs(model, plan)
-        options = self.options
-        plan, notes = calibrate_weights(
-            model,
-            plan,
-            self.samples,
-            measure=options.clip,
-            rounding="nearest" if options.effort == "fast" else options.rounding,
-            affine=options.affine,
-            bias_correction=options.bias_correction,
-            progress=self.progress,
-        )
-        if options.effort == "high":
+        plan, notes = round_to_samples(model, plan, self.samples, self.options, self.progress)
+        if self.options.effort == "high":
             plan, more = refine_blocks(model, plan, self._some(), progress=self.progress)
             notes += more
         if static:  # once more: a corrected bias may be larger

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 
 from onnxq.candidates import FLOAT_BYTES
 from onnxq.feeds import Feed
@@ -42,9 +44,13 @@ class Trial:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._source = self._written(model, "float.onnx")
         self.float_bytes = _size(self._source)
-        self.reference = open_session(self._source, threads=threads)
         self._outputs: dict[int, list[Any]] = {}
         self._kept = 0
+
+    @cached_property
+    def reference(self) -> ort.InferenceSession:
+        """The float model, opened when first asked for: an estimate runs nothing."""
+        return open_session(self._source, threads=self.threads)
 
     def __enter__(self) -> Trial:
         return self
