@@ -17,7 +17,7 @@ from onnxq.calibration import Calibration, CalibrationSource, open_calibration
 from onnxq.embedded_plan import embed_plan
 from onnxq.errors import ConfigError
 from onnxq.images import ImageOptions
-from onnxq.model import Model, load, save, to_proto
+from onnxq.model import Model, load, save
 from onnxq.options import Options
 from onnxq.outliers import Outliers
 from onnxq.pipeline import Complete, rewrite
@@ -26,6 +26,7 @@ from onnxq.report import Report, make_report
 from onnxq.session import open_session
 from onnxq.validation import (
     DataSource,
+    HoldsModel,
     Validation,
     check_targets,
     reference_of,
@@ -38,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(HoldsModel):
     """What `quantize` made.
 
     Attributes:
@@ -51,15 +52,6 @@ class Result:
     report: Report
     path: Path | None
     _model: Model
-
-    @property
-    def model(self) -> onnx.ModelProto:
-        """The quantized model in memory.
-
-        Raises:
-            ModelError: it is larger than 2 GiB; work with the file instead.
-        """
-        return to_proto(self._model)
 
     def save(self, path: str | Path) -> None:
         """Write the quantized model.

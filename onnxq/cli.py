@@ -76,6 +76,7 @@ Shapes = Annotated[
 ]
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ImageSize = Annotated[
     str | None,
     typer.Option(metavar="H,W", help="Images of --calibration: resized and cropped to this."),
@@ -265,7 +266,7 @@ def fold(
     target: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write.")],
     data: DataFile = None,
     input_shape: Shapes = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Only the exact float folds: branches, batch norms, constants. The model stays float."""
@@ -288,7 +289,7 @@ def compare(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of onnxruntime; its default if not given.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run both models on the same inputs: errors per output, ratios of size and latency."""
     found = run_compare(
@@ -327,7 +328,7 @@ def bench(
     seconds: Annotated[
         float, typer.Option(help="Fewer runs if they take longer than this (3 at least).")
     ] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure models side by side: latency, load time, peak memory, size; ratios to the first."""
     bar, progress = progress_bar(make_console(stderr=True))
@@ -353,7 +354,7 @@ def bench(
 @app.command()
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show each candidate node and what would be done, or the terms of a quantized model."""
     found = run_inspect(model)
@@ -389,7 +390,7 @@ def sweep(
     scale: Scale = None,
     image_layout: ImageLayout = None,
     channels: Channels = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the most exact plan for each of several sizes; any of them is applied by --plan."""
     bar, progress = progress_bar(make_console(stderr=True))
@@ -415,7 +416,6 @@ def sweep(
 
 
 Terms = Annotated[int, typer.Option(help="How many terms each node shall have.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -471,7 +471,7 @@ def split(
     parts: Annotated[int, typer.Option(help="How many; at most as many as terms.")] = 2,
     data: DataFile = None,
     input_shape: Shapes = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Split a model into basis models that run side by side and sum before every nonlinearity."""
     found = onnxq.split(model, folder, parts=parts, data=data, input_shapes=_shapes(input_shape))
@@ -506,7 +506,7 @@ def run_parts(
 @app.command()
 def doctor(
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show versions, what this CPU computes fast and exactly, and what follows for a plan."""
     found = diagnose(refresh=refresh)

@@ -11,11 +11,12 @@ import onnx
 from pydantic import BaseModel, ConfigDict
 
 from onnxq.comparison import Comparison
-from onnxq.model import Model, graphs, load, to_proto
+from onnxq.model import Model, graphs, load
 from onnxq.pipeline import canonicalize, unfolded
 from onnxq.report import with_size
 from onnxq.validation import (
     DataSource,
+    HoldsModel,
     Validation,
     check_targets,
     reference_of,
@@ -43,21 +44,12 @@ class FoldReport(BaseModel):
 
 
 @dataclass(frozen=True)
-class FoldResult:
+class FoldResult(HoldsModel):
     """What `fold` made: the report, where the model was written, and the model."""
 
     report: FoldReport
     path: Path | None
     _model: Model
-
-    @property
-    def model(self) -> onnx.ModelProto:
-        """The folded model in memory.
-
-        Raises:
-            ModelError: it is larger than 2 GiB; work with the file instead.
-        """
-        return to_proto(self._model)
 
 
 def fold(

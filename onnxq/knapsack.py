@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 Array = npt.NDArray[Any]
 
@@ -94,6 +92,9 @@ def _undominated(tables: Array, there: Array) -> Array:
 
 
 def _solve(places: Array, tables: Array, bounds: Sequence[float], items: int) -> Array | None:
+    from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415 - slow to import
+    from scipy.sparse import csr_array  # noqa: PLC0415
+
     columns = np.arange(len(places))
     once = csr_array((np.ones(len(places)), (places[:, 0], columns)), shape=(items, len(places)))
     flat = tables[:, places[:, 0], places[:, 1]]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
-from scipy.special import ndtr
 
 from onnxq.kernels_ref import cosine
 
@@ -160,6 +159,8 @@ class Meter:
 
     def _top1_estimate(self) -> Estimate:
         """Counted with labels, else expected."""
+        from scipy.special import ndtr  # noqa: PLC0415 - slow to import, for every command
+
         if not self._runners:
             return self._top1.estimate()
         if any(part is None for part in self._runners):

@@ -17,7 +17,7 @@ from onnxq.embedded_plan import EmbeddedPlan, embed_plan, embedded_plan, write_e
 from onnxq.errors import ConfigError, ModelError
 from onnxq.kernels_ref import Series
 from onnxq.kernels_ref.continuation import continue_series
-from onnxq.model import Model, load, to_proto
+from onnxq.model import Model, load
 from onnxq.passes import Equalize, SelectNodes
 from onnxq.passes.recover_terms import TermReader
 from onnxq.passes.search_scales import Progress, match_plan, no_progress
@@ -27,6 +27,7 @@ from onnxq.plan import NodePlan, Plan
 from onnxq.report import with_size
 from onnxq.validation import (
     DataSource,
+    HoldsModel,
     Validation,
     check_targets,
     reference_of,
@@ -58,21 +59,12 @@ class TermsReport(BaseModel):
 
 
 @dataclass(frozen=True)
-class TermsResult:
+class TermsResult(HoldsModel):
     """What `truncate` or `extend` made: the report, where the model was written, and the model."""
 
     report: TermsReport
     path: Path | None
     _model: Model
-
-    @property
-    def model(self) -> onnx.ModelProto:
-        """The model in memory.
-
-        Raises:
-            ModelError: it is larger than 2 GiB; work with the file instead.
-        """
-        return to_proto(self._model)
 
 
 def truncate(

@@ -70,6 +70,21 @@ class Validation:
             self.found = compare_sessions(open_session(self._reference), actual, self.samples)
 
 
+class HoldsModel:
+    """What a command made, with the model itself in `_model`."""
+
+    _model: Model
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The model that was made, in memory.
+
+        Raises:
+            ModelError: it is larger than 2 GiB; work with the file instead.
+        """
+        return to_proto(self._model)
+
+
 def write_checked(
     model: Model,
     output: str | os.PathLike[str] | None,
