@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import onnx
 import typer
-from real import _MEAN, _STD, CLASSIFIERS, MODELS, REAL, classifier_data, samples
+from real import _MEAN, _STD, CLASSIFIERS, MODELS, REAL, classifier_data, imagenet, samples
 from rich.console import Console
 from rich.table import Table
 
@@ -30,19 +30,26 @@ from onnxq.session import open_session, run
 
 CALIBRATED, MINILM, RLFN = 64, "minilm_l6_v2", "sr_rlfn_x4"
 JUDGED = {"cifar10_resnet20": 2000, "squeezenet1.1": 500, "mobilenet_v1_0.75_224": 500}
-OFF: dict[str, Any] = {"measure": "absmax", "rounding": "nearest", "bias_correction": False}
+OFF: dict[str, Any] = {
+    "measure": "absmax",
+    "rounding": "nearest",
+    "bias_correction": False,
+    "offset": False,
+}
 STEPS: dict[str, dict[str, Any]] = {
     "absmax": OFF,
     "clip": {**OFF, "measure": "mse"},
     "clip by mae": {**OFF, "measure": "mae"},
     "bias": {**OFF, "bias_correction": True},
     "affine": {**OFF, "affine": "mae"},
+    "offset": {**OFF, "offset": True},
     "rounding": {**OFF, "rounding": "second_order"},
     "all but clip": {"measure": "absmax"},
     "all but bias": {"bias_correction": False},
-    "all but rounding": {"rounding": "nearest"},
+    "all but rounding": {"rounding": "nearest", "offset": False},
     "all but sums": {"sums": False},
     "all but descent": {"descent": False},
+    "all but offset": {"offset": False},
     "all": {},
     "all, clip by mae": {"measure": "mae"},
     "all, and affine": {"affine": "mae"},
@@ -64,7 +71,19 @@ def calibration(name: str) -> list[Feed]:
         return feeds_of({"input": ((scaled - _MEAN) / _STD).astype(np.float32)})
     if name == MINILM:  # its judge takes the first ones
         return feeds_of(samples(name, 2 * CALIBRATED))[CALIBRATED:]
+    if name == RLFN:
+        return reduced(CALIBRATED)
     return feeds_of(samples(name, CALIBRATED))
+
+
+def reduced(count: int) -> list[Feed]:
+    """Photographs at a quarter of their size: what a network that enlarges four times is given."""
+    from PIL import Image
+
+    sharp = imagenet("tf", 0, count)[0]
+    pictures = [Image.fromarray(np.uint8((x.transpose(1, 2, 0) + 1) * 127.5)) for x in sharp]
+    small = [picture.reduce(4) for picture in pictures]
+    return [{"lr": np.asarray(x, np.float32).transpose(2, 0, 1)[np.newaxis]} for x in small]
 
 
 class Judge:
@@ -142,7 +161,12 @@ def quantized(
         apply(Equalize(), model)
     block_size = 32 if name == MINILM else None
     select = SelectNodes(
-        bits=bits, terms=1, activations="none", layout="merged", block_size=block_size
+        bits=bits,
+        terms=1,
+        activations="none",
+        layout="merged",
+        block_size=block_size,
+        offset=options.pop("offset", True) and block_size is None,
     )
     start = time.perf_counter()
     blocks = options.pop("blocks", False)

@@ -38,7 +38,6 @@ from onnxq.kernels_ref.quantize import (
 )
 from onnxq.kernels_ref.ranges import RangeHistogram, activation_params
 from onnxq.kernels_ref.second_order import Rounded, round_second_order
-from onnxq.kernels_ref.second_order_clip import round_second_order_clipped
 from onnxq.kernels_ref.series import (
     Series,
     SeriesKind,
@@ -91,7 +90,6 @@ __all__ = [
     "relative_error",
     "restore",
     "round_second_order",
-    "round_second_order_clipped",
     "scale_shape",
     "search_clip",
     "series_scales",

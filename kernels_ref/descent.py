@@ -28,13 +28,15 @@ def descend(
     bits: int,
     damping: float = 0.01,
     changes: int | None = None,
+    full_range: bool = False,
 ) -> npt.NDArray[np.int8]:
     """Integers whose error eᵀHe is less than, or equal to, that of q.
 
-    q: int8 [out, in] within ±(2^(bits-1) - 1), one term of a series. steps: float [out, in], the
-    scale of every integer. error: float [out, in], target - rounded with q. hessian: [in, in], or
-    [groups, in, in] with the rows group after group; damping times the mean of its diagonal is
-    added to it. changes: at most so many per row; an eighth of `in` if not given.
+    q: int8 [out, in] within ±(2^(bits-1) - 1), with full_range from -2^(bits-1) on, one term of a
+    series. steps: float [out, in], the scale of every integer. error: float [out, in], target -
+    rounded with q. hessian: [in, in], or [groups, in, in] with the rows group after group; damping
+    times the mean of its diagonal is added to it. changes: at most so many per row; an eighth of
+    `in` if not given.
     Raises ValueError for shapes that do not fit or a negative damping. A group whose hessian is not
     finite keeps its integers.
     """
@@ -42,7 +44,8 @@ def descend(
         raise ValueError(f"q, steps and error differ: {q.shape}, {steps.shape}, {error.shape}")
     check_damping(damping)
     h = batched(hessian, error, "hessian")
-    rows, limit = len(q) // len(h), half_range(bits)
+    rows, highest = len(q) // len(h), half_range(bits)
+    lowest = -highest - full_range
     found: npt.NDArray[np.int8] = q.copy()
     for group, one in enumerate(h):
         if not np.isfinite(one).all():
@@ -52,7 +55,12 @@ def descend(
         part = slice(group * rows, (group + 1) * rows)
         most = max(1, q.shape[1] // 8) if changes is None else changes
         _descend(
-            found[part], steps[part].astype(np.float64), error[part], one, limit=limit, changes=most
+            found[part],
+            steps[part].astype(np.float64),
+            error[part],
+            one,
+            limits=(lowest, highest),
+            changes=most,
         )
     return found
 
@@ -63,7 +71,7 @@ def _descend(
     error: FloatArray,
     h: Float64Array,
     *,
-    limit: int,
+    limits: tuple[int, int],
     changes: int,
 ) -> None:
     """Change q of one group in place."""
@@ -75,7 +83,8 @@ def _descend(
         # One level up or down, whichever the slope asks for.
         gain = 2 * np.abs(pull[rows]) * steps[rows] - price[rows]
         signs = np.sign(pull[rows])
-        gain[np.abs(q[rows] + signs) > limit] = -np.inf
+        changed = q[rows] + signs
+        gain[(changed < limits[0]) | (changed > limits[1])] = -np.inf
         best = gain.argmax(axis=1)
         gained = gain[np.arange(len(rows)), best]
         better = gained > SMALLEST_GAIN * cost[rows]

@@ -41,6 +41,29 @@ def offset_range(bits: int, terms: int) -> tuple[int, int]:
     return -(1 << (bits * terms - 1)), wide_half_range(bits, terms)
 
 
+def spanning_scales(w: FloatArray, *, bits: int, terms: int) -> tuple[FloatArray, ...]:
+    """Scales [out] per term with which the levels just span each row of w, float [out, in]."""
+    lowest, highest = offset_range(bits, terms)
+    low, high = w.min(axis=1).astype(np.float64), w.max(axis=1).astype(np.float64)
+    finest = np.maximum((high - low) / (highest - lowest), np.finfo(w.dtype).tiny).astype(w.dtype)
+    return _by_digit(finest, bits, terms)
+
+
+def spanned_offset(w: FloatArray, finest: FloatArray, bits: int, terms: int) -> FloatArray:
+    """The offset [out] with which the levels cut off least of each row of w, float [out, in].
+
+    finest: the last scale, [out]. Levels that do not span a row lie as close around its mean as
+    they can without going beyond its range: of a row with few weights on one side those are cut.
+    """
+    lowest, highest = offset_range(bits, terms)
+    low, high = w.min(axis=1).astype(np.float64), w.max(axis=1).astype(np.float64)
+    half = finest.astype(np.float64) * (highest - lowest) / 2
+    middle = (low + high) / 2
+    room = np.maximum((high - low) / 2 - half, 0)
+    centre = np.clip(w.mean(axis=1, dtype=np.float64), middle - room, middle + room)
+    return np.asarray(centre - finest * (lowest + highest) / 2, finest.dtype)
+
+
 def offset_scales(
     w: FloatArray, *, bits: int, terms: int
 ) -> tuple[FloatArray, tuple[FloatArray, ...]]:
@@ -62,10 +85,7 @@ def offset_scales(
     for start in range(0, len(w), step):
         part = slice(start, start + step)
         beta[part], finest[part] = _search(w[part], bits, terms)
-    scales = tuple(
-        np.asarray(np.ldexp(finest, bits * i)).astype(w.dtype) for i in reversed(range(terms))
-    )
-    return beta, scales
+    return beta, _by_digit(finest, bits, terms)
 
 
 def realize_offset(
@@ -85,6 +105,13 @@ def realize_offset(
     terms = len(scales)
     wide = _levels(w, beta, scales[-1], bits, terms).astype(wide_dtype(bits, terms))
     return tuple(part.astype(np.int8) for part in _split(wide, bits, terms))
+
+
+def _by_digit(finest: FloatArray, bits: int, terms: int) -> tuple[FloatArray, ...]:
+    """The scales of all digits, most significant first."""
+    return tuple(
+        np.asarray(np.ldexp(finest, bits * i)).astype(finest.dtype) for i in reversed(range(terms))
+    )
 
 
 def _levels(

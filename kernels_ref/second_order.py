@@ -21,8 +21,9 @@ from onnxq.kernels_ref.digit import _float_at_most, _split, wide_dtype, wide_hal
 from onnxq.kernels_ref.granularity import PerAxis, PerBlock
 from onnxq.kernels_ref.hessian import batched, check_damping, factor_all, least_squares_target
 from onnxq.kernels_ref.moments import Float64Array
+from onnxq.kernels_ref.offset import offset_range, realize_offset
 from onnxq.kernels_ref.quantize import half_range
-from onnxq.kernels_ref.series import SeriesKind, realize
+from onnxq.kernels_ref.series import Series, SeriesKind, realize, restore
 
 __all__ = ["Candidate", "Prepared", "Rounded", "least_squares_target", "round_second_order"]
 
@@ -60,6 +61,7 @@ def round_second_order(
     block_size: int | None = None,
     damping: float = 0.01,
     act_order: bool = True,
+    full_range: bool = False,
 ) -> Rounded:
     """Round target to a series with the given scales so that eᵀHe is small.
 
@@ -68,14 +70,17 @@ def round_second_order(
     (all groups of a depthwise convolution are worked on at once). Each column is rounded to the
     whole series: later terms take up what the first ones leave, and the other columns only the
     rest. act_order: the columns with the largest inputs first. damping: share of the mean
-    diagonal added to it, raised tenfold until the Cholesky decomposition holds.
+    diagonal added to it, raised tenfold until the Cholesky decomposition holds. full_range: use all
+    2**bits integers, as a series with an offset does; the caller takes the offset off the target.
 
     A row keeps plain rounding (`realize`) where its eᵀHe, undamped, is not larger. Inputs that were
     always zero are rounded plainly; so is a group whose Hessian is not finite, with the reason.
     Raises ValueError as `realize`, and for shapes that do not fit or a negative damping.
     """
     prepared = Prepared.of(target, hessian, damping, act_order)
-    found = prepared.round(target, scales, bits=bits, kind=kind, block_size=block_size)
+    found = prepared.round(
+        target, scales, bits=bits, kind=kind, block_size=block_size, full_range=full_range
+    )
     return prepared.report(found)
 
 
@@ -130,13 +135,19 @@ class Prepared:
         bits: int,
         kind: SeriesKind,
         block_size: int | None,
+        full_range: bool = False,
     ) -> Candidate:
         """Round once, rows that plain rounding serves better plainly."""
         values = target.astype(np.float64)
-        granularity = PerAxis(0) if block_size is None else PerBlock(1, block_size)
-        series = realize(kind, values, scales, bits=bits, granularity=granularity)
+        if full_range:
+            series = _nearest_in_full_range(values, scales, kind, bits)
+        else:
+            granularity = PerAxis(0) if block_size is None else PerBlock(1, block_size)
+            series = realize(kind, values, scales, bits=bits, granularity=granularity)
         own = [term.scale for term in series.terms]
-        rounder = _Rounder(own, kind, bits, block_size, len(self.h))
+        rounder = _Rounder(own, kind, bits, block_size=block_size, groups=len(self.h))
+        if full_range:
+            rounder.lowest = float(offset_range(bits, len(own))[0])
         terms, error = rounder.run(values, self.factors, self.order)
         none = np.zeros(len(values), dtype=np.bool_)
         found = Candidate(terms, _squared(error, self.h), none)
@@ -164,6 +175,7 @@ class _Rounder:
         scales: Sequence[FloatArray],
         kind: SeriesKind,
         bits: int,
+        *,
         block_size: int | None,
         groups: int,
     ) -> None:
@@ -172,7 +184,8 @@ class _Rounder:
         # A digit series is one wide integer until the end: one term with a larger range.
         steps = scales[-1:] if self.digits else scales
         limit = wide_half_range(bits, len(scales)) if self.digits else half_range(bits)
-        self.limit = float(_float_at_most(limit, np.dtype(np.float64)))
+        self.highest = float(_float_at_most(limit, np.dtype(np.float64)))
+        self.lowest = -self.highest
         self.dtype = wide_dtype(bits, len(scales)) if self.digits else np.dtype(np.int8)
         # [groups, blocks, rows]; one block where scales are per channel
         self.scales = [s.reshape(groups, s.shape[0] // groups, -1).swapaxes(1, 2) for s in steps]
@@ -217,11 +230,19 @@ class _Rounder:
         for steps, target in zip(self.scales, targets, strict=True):
             scale = steps[np.arange(len(blocks)), blocks]
             level = np.rint(rest / scale)
-            level.clip(-self.limit, self.limit, out=level)
+            level.clip(self.lowest, self.highest, out=level)
             target[...] = level
             level *= scale
             rest -= level
         return rest
+
+
+def _nearest_in_full_range(
+    values: Float64Array, scales: Sequence[FloatArray], kind: SeriesKind, bits: int
+) -> Series:
+    wide = [np.asarray(scale, values.dtype) for scale in scales]
+    integers = realize_offset(values, np.zeros(len(values)), wide, bits)
+    return restore(kind, integers, wide, shape=values.shape, bits=bits, granularity=PerAxis(0))
 
 
 def _squared(error: Float64Array, h: Float64Array) -> Float64Array:

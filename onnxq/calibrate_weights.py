@@ -108,7 +108,7 @@ def calibrate_weights(
         ConfigError: the plan was made for another model.
         ModelError: the model is larger than 2 GiB.
     """
-    copies = {key: dict(getattr(plan, key)) for key in ("scales", "integers", "bias")}
+    copies = {key: dict(getattr(plan, key)) for key in ("scales", "integers", "bias", "offsets")}
     made = SearchScales()(model, plan.model_copy(update=copies))
     settings = NodeSettings(measure, rounding, affine, bias_correction, descent)
     walk = _Walk(model, made, settings, sums, seed, progress or _silent)
@@ -189,11 +189,12 @@ class _Walk:
 
     def _node(self, frontier: Frontier, site: _Site, index: int) -> None:
         plan, name = self.plan, site.entry.name
-        partial = site.entry.offset or site.entry.centre or name in plan.points
+        fixed_offset = site.entry.offset and self.settings.rounding == "nearest"
+        partial = fixed_offset or site.entry.centre or name in plan.points
         given = name in plan.integers or partial  # terms of parts keep what was found for them
         twin = None if given else self._shared.get(site.shared_key)
         if twin is not None:
-            plan.scales[name], plan.integers[name] = plan.scales[twin], plan.integers[twin]
+            _copy_numbers(plan, twin, name)
         series = node_series(site.weight, site.entry, plan)
         samples = self._samples(frontier, site, index)
         if samples is None:
@@ -203,6 +204,8 @@ class _Walk:
         else:
             found = plan_node(samples, site.entry, series, self.settings)
             plan.scales[name], plan.integers[name] = found.scales, found.integers
+            if found.series.offset is not None:
+                plan.offsets[name] = found.series.offset
             self._shared[site.shared_key] = name
         bias = plan.bias.get(name, found.bias.astype(np.float32))
         if bias.any():
@@ -228,6 +231,12 @@ class _Walk:
             f"calibration: scales without data for {_listed(names)}: {reason}"
             for reason, names in by_reason.items()
         )
+
+
+def _copy_numbers(plan: Plan, source: str, target: str) -> None:
+    for numbers in (plan.scales, plan.integers, plan.offsets):
+        if source in numbers:
+            numbers[target] = numbers[source]
 
 
 def _why_not(

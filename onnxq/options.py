@@ -102,7 +102,7 @@ class Options(BaseModel):
     offset: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="A constant per output channel beside the terms (with --activations none); "
-        "auto: where every node gets the same bits, without --calibration.",
+        "auto: where every node gets the same bits.",
     )
     matmul: Literal["auto", "folded", "nbits"] = Field(
         default="auto",
@@ -297,6 +297,13 @@ class Options(BaseModel):
             and self.matmul != "nbits"
         )
 
+    def _wants_offset(self, calibrated: bool) -> bool:
+        if self.offset != "auto":
+            return self.offset == "on"
+        # Weights that are rounded to nearest on samples get a clip instead.
+        nearest = self.rounding == "nearest" or self.effort == "fast"
+        return self._can_offset and not (calibrated and nearest)
+
     def refuse_without_samples(self) -> None:
         """Refuse what only calibration samples give a meaning to.
 
@@ -319,10 +326,6 @@ class Options(BaseModel):
         Raises:
             ConfigError: `min_runtime` is no version, or calibration cannot do what is asked.
         """
-        if calibrated and self.offset == "on":
-            raise ConfigError(
-                "--offset on with --calibration: leave it away, calibration finds its own mean"
-            )
         version = runtime_version(self.min_runtime)
         return SelectNodes(
             bits=self._uniform_bits if self.uniform else BEFORE_CHOICE[0],
@@ -335,7 +338,7 @@ class Options(BaseModel):
             products=self.products,
             layout=self.resolved_layout,
             matmul=self.matmul,
-            offset=self.offset != "off" and self._can_offset and not calibrated,
+            offset=self._wants_offset(calibrated),
             fuses_nbits=version >= FUSES_NBITS,
             target=resolve(self.target).target,
             packing="int4" if version >= CASTS_INT4 else "uint8",

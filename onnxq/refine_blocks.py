@@ -87,7 +87,7 @@ def refine_blocks(
     """
     if not (np.isfinite(stage_weight) and stage_weight >= 0):
         raise CalibrationError(f"stage_weight is {stage_weight}; give a number >= 0")
-    copies = {key: dict(getattr(plan, key)) for key in ("scales", "integers", "bias")}
+    copies = {key: dict(getattr(plan, key)) for key in ("scales", "integers", "bias", "offsets")}
     made = plan.model_copy(update=copies)
     rounds, count = ROUNDS[effort], len(samples)
     fit = min(count, MOST_SAMPLES)
@@ -161,6 +161,8 @@ class _Search:
         """Let a node have these numbers."""
         self.numbers[name] = numbers
         self.plan.scales[name] = numbers.scales
+        if numbers.series.offset is not None:
+            self.plan.offsets[name] = numbers.series.offset
         if numbers.bias.any():
             self.plan.bias[name] = numbers.bias.astype(np.float32)
         self._kept += 1

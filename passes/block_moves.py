@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,19 +36,10 @@ def moves(channels: tuple[Array, Array] | None, own: Array | float) -> Iterator[
         if np.isfinite(found).all() and np.isfinite(wanted).all():
             gamma, beta = fit_affine(found, wanted, measure="mse")
             shift = np.mean(wanted - found, axis=0, dtype=np.float64)
-            yield partial(affine, gamma=gamma, beta=beta + (gamma - 1) * own)
-            yield partial(affine, gamma=np.ones_like(shift), beta=shift)
+            yield partial(Numbers.affine, gamma=gamma, beta=beta + (gamma - 1) * own)
+            yield partial(Numbers.affine, gamma=np.ones_like(shift), beta=shift)
     for factor in FACTORS:
-        yield partial(affine, gamma=np.float64(factor), beta=(factor - 1) * own)
-
-
-def affine(numbers: Numbers, gamma: Array, beta: Array | float) -> Numbers:
-    """Numbers whose output, without the node's own bias, is γ times as large, plus β; γ > 0."""
-    terms = tuple(
-        replace(term, scale=np.asarray((term.scale.T * gamma).T, np.float32))
-        for term in numbers.series.terms
-    )
-    return Numbers(replace(numbers.series, terms=terms), gamma * numbers.bias + beta)
+        yield partial(Numbers.affine, gamma=np.float64(factor), beta=(factor - 1) * own)
 
 
 def own_bias(node: gs.Node) -> Array | float:

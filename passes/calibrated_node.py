@@ -23,6 +23,7 @@ from onnxq.kernels_ref import (
     series_scales,
     spread,
 )
+from onnxq.kernels_ref.offset import spanning_scales
 from onnxq.passes.node_samples import NodeSamples, Numbers
 from onnxq.passes.rounded_clip import search_rounded_clip
 from onnxq.plan import NodePlan
@@ -31,7 +32,10 @@ Array = npt.NDArray[Any]
 Rounding = Literal["second_order", "nearest"]
 Affine = Literal["mae", "mse", "none"]
 
+ALL = slice(None)
 CLIP_ROWS = 1024
+# Output channels by which one number for all of them is chosen.
+CHOICE_ROWS = 96
 # How strongly weights that aim at the float output are held to the float weights, as a share of
 # the inputs' mean square: what held-out samples call for lies anywhere between. Without them, 0.3.
 TARGET_DAMPINGS = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -73,9 +77,9 @@ def plan_node(
     wanted = Wanted.of(samples, settings)
     pull = _target_damping(samples, settings, wanted)
     target = wanted.target(pull)
-    scales = _unclipped(target, entry)
-    damping = _damping(samples, wanted, target, scales, entry=entry, settings=settings)
-    rounded = _rounded(samples, target, scales, entry, settings, damping=damping)
+    grid = Grid.first(target, plain, entry)
+    damping = _damping(samples, wanted, target, grid, entry=entry, settings=settings)
+    rounded = _rounded(samples, target, grid, entry, settings, damping=damping)
     found, first = wanted.corrected(rounded), wanted.corrected(plain)
     zero = np.zeros(len(target))
     chosen = found if samples.held.error(found) <= samples.held.error(first) else first
@@ -99,6 +103,30 @@ def shift_only(samples: NodeSamples, series: Series, settings: NodeSettings) -> 
     without = Numbers(series, np.zeros(len(samples.matrix)))
     found = Wanted.of(samples, settings).corrected(series)
     return found if samples.held.error(found) <= samples.held.error(without) else without
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the levels of a series lie: its scales, and its offset [out] if it has one."""
+
+    scales: tuple[Array, ...]
+    offset: Array | None = None
+
+    @classmethod
+    def first(cls, target: Array, plain: Series, entry: NodePlan) -> Grid:
+        """The one that roundings are compared on: that of `plain`, or absmax."""
+        if plain.offset is None:
+            return cls(_unclipped(target, entry))
+        return cls(tuple(np.asarray(term.scale) for term in plain.terms), plain.offset)
+
+    def some(self, rows: slice) -> Grid:
+        """The grid of some output channels."""
+        scales = tuple(scale[rows] for scale in self.scales)
+        return Grid(scales, None if self.offset is None else self.offset[rows])
+
+    def without_offset(self, target: Array) -> Array:
+        """What the terms are to make of a target [out, in]."""
+        return target if self.offset is None else target - self.offset[:, np.newaxis]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,21 +159,28 @@ class Wanted:
             extra = extra - samples.moments.count * shift[:, np.newaxis] * mean
         return cls(samples, settings, hessian, cross, extra, shift)
 
-    def target(self, damping: float) -> Array:
-        """What is rounded, float32 [out, in]."""
+    def target(self, damping: float, rows: slice = ALL) -> Array:
+        """What is rounded, float32 [out, in], or some rows of it."""
         samples = self.samples
         if self.settings.rounding == "nearest" or samples.exact_prefix:
-            return samples.matrix
+            return samples.matrix[rows]
+        extra = None if self.extra is None else self.extra[rows]
         found = least_squares_target(
-            samples.matrix, self.hessian, self.cross, damping, extra=self.extra
+            samples.matrix[rows], self.hessian, self.cross, damping, extra=extra
         )
         return found.astype(np.float32)
 
-    def bias(self, matrix: Array) -> Array:
+    def bias(self, matrix: Array, rows: slice = ALL) -> Array:
         """What makes the mean of the outputs of these weights right, float64 [out]."""
         if not self.settings.bias_correction:
             return np.zeros(len(matrix))
-        return self.samples.moments.bias_shift(self.samples.matrix, matrix) + self.shift
+        shift = self.shift[rows] if isinstance(self.shift, np.ndarray) else self.shift
+        return self.samples.moments.bias_shift(self.samples.matrix[rows], matrix) + shift
+
+    def some_rows(self) -> slice:
+        """Enough output channels to choose one number for all of them by."""
+        out = len(self.samples.matrix)
+        return slice(None, None, -(-out // CHOICE_ROWS)) if len(self.hessian) == 1 else ALL
 
     def corrected(self, series: Series) -> Numbers:
         """The series with that bias."""
@@ -157,11 +192,13 @@ def _target_damping(samples: NodeSamples, settings: NodeSettings, wanted: Wanted
     if not samples.judges or settings.rounding == "nearest" or samples.exact_prefix:
         return USUAL_TARGET_DAMPING
     errors: dict[int, float] = {}
+    rows = wanted.some_rows()
+    held = samples.held.some(rows)
 
     def error(i: int) -> float:
         if i not in errors:
-            target = wanted.target(TARGET_DAMPINGS[i])
-            errors[i] = samples.held.off(target, wanted.bias(target))
+            target = wanted.target(TARGET_DAMPINGS[i], rows)
+            errors[i] = held.off(target, wanted.bias(target, rows))
         return errors[i]
 
     here, last = TARGET_DAMPINGS.index(0.1), len(TARGET_DAMPINGS) - 1
@@ -175,7 +212,7 @@ def _damping(
     samples: NodeSamples,
     wanted: Wanted,
     target: Array,
-    scales: tuple[Array, ...],
+    grid: Grid,
     *,
     entry: NodePlan,
     settings: NodeSettings,
@@ -183,10 +220,12 @@ def _damping(
     """The one of DAMPINGS whose rounding, without clipping, errs least on held-out samples."""
     if not samples.judges or settings.rounding == "nearest":
         return USUAL_DAMPING
+    rows = wanted.some_rows()
+    held, some, grid = samples.held.some(rows), target[rows], grid.some(rows)
 
     def error(damping: float) -> float:
-        series = _rounded(samples, target, scales, entry, settings, damping=damping)
-        return samples.held.error(wanted.corrected(series))
+        matrix = _rounded(samples, some, grid, entry, settings, damping=damping).dequantize()
+        return held.off(matrix, wanted.bias(matrix, rows))
 
     return min(DAMPINGS, key=error)
 
@@ -212,19 +251,19 @@ def _rounded_at_last(
     samples: NodeSamples, target: Array, entry: NodePlan, settings: NodeSettings, damping: float
 ) -> Series:
     """With the clip ratios that are best for this target; then single integers are changed."""
-    scales = _clipped(samples, target, _unclipped(target, entry), entry, settings, damping=damping)
-    series = _rounded(samples, target, scales, entry, settings, damping=damping)
+    grid = _clipped(samples, target, entry, settings, damping=damping)
+    series = _rounded(samples, target, grid, entry, settings, damping=damping)
     if settings.rounding == "nearest" or not settings.descent:
         return series
-    hessian, _ = _moments(samples, settings)
     *first, last = series.terms
     changed = descend(
         last.q.astype(np.int8, copy=False),
         np.broadcast_to(spread(last.scale, target.shape, last.granularity), target.shape),
         target - series.dequantize(),
-        hessian,
+        _moments(samples, settings)[0],
         bits=entry.bits,
         damping=damping,
+        full_range=grid.offset is not None,
     )
     return replace(series, terms=(*first, replace(last, q=changed)))
 
@@ -236,14 +275,15 @@ def _positive(scale: Array) -> Array:
 def _clipped(
     samples: NodeSamples,
     target: Array,
-    scales: tuple[Array, ...],
     entry: NodePlan,
     settings: NodeSettings,
     *,
     damping: float,
-) -> tuple[Array, ...]:
-    if settings.measure == "absmax":
-        return scales
+) -> Grid:
+    scales = _unclipped(target, entry)
+    by_rounding = settings.rounding == "second_order" and entry.block_size is None
+    if settings.measure == "absmax" and not (by_rounding and entry.offset):
+        return Grid(scales)
     hessian, _ = _moments(samples, settings)
     judge = None
     if settings.measure == "mae":
@@ -251,32 +291,39 @@ def _clipped(
         x = samples.fit.x_hat[:, ::step]
         centre = x.mean(axis=1, keepdims=True) if settings.bias_correction else np.float32(0)
         judge = OutputSamples(x - centre)
-    if settings.rounding == "second_order" and entry.block_size is None:
-        return search_rounded_clip(
+    if by_rounding:
+        if entry.offset:
+            scales = spanning_scales(target, bits=entry.bits, terms=entry.terms)
+        return Grid(
+            *search_rounded_clip(
+                target,
+                scales,
+                hessian,
+                bits=entry.bits,
+                kind=entry.series,
+                damping=damping,
+                with_offset=entry.offset,
+                samples=judge,
+            )
+        )
+    return Grid(
+        search_clip(
             target,
             scales,
-            hessian,
             bits=entry.bits,
             kind=entry.series,
-            damping=damping,
+            block_size=entry.block_size,
+            measure=settings.measure,
+            hessian=hessian,
             samples=judge,
         )
-    return search_clip(
-        target,
-        scales,
-        bits=entry.bits,
-        kind=entry.series,
-        block_size=entry.block_size,
-        measure=settings.measure,
-        hessian=hessian,
-        samples=judge,
     )
 
 
 def _rounded(
     samples: NodeSamples,
     target: Array,
-    scales: tuple[Array, ...],
+    grid: Grid,
     entry: NodePlan,
     settings: NodeSettings,
     *,
@@ -284,24 +331,26 @@ def _rounded(
 ) -> Series:
     granularity = entry.matrix_granularity()
     if settings.rounding == "nearest":
-        return realize(entry.series, target, scales, bits=entry.bits, granularity=granularity)
+        return realize(entry.series, target, grid.scales, bits=entry.bits, granularity=granularity)
     rounded = round_second_order(
-        target,
-        scales,
+        grid.without_offset(target),
+        grid.scales,
         _moments(samples, settings)[0],
         bits=entry.bits,
         kind=entry.series,
         block_size=entry.block_size,
         damping=damping,
+        full_range=grid.offset is not None,
     )
-    return restore(
+    series = restore(
         entry.series,
         rounded.terms,
-        scales,
+        grid.scales,
         shape=target.shape,
         bits=entry.bits,
         granularity=granularity,
     )
+    return replace(series, offset=grid.offset)
 
 
 def _affine(samples: NodeSamples, numbers: Numbers, measure: Literal["mae", "mse"]) -> Numbers:
@@ -310,7 +359,4 @@ def _affine(samples: NodeSamples, numbers: Numbers, measure: Literal["mae", "mse
     gamma, beta = keep_if_better(
         gamma, beta, samples.held.outputs(numbers), samples.held.wanted, measure=measure
     )
-    terms = tuple(
-        replace(term, scale=_positive((term.scale.T * gamma).T)) for term in numbers.series.terms
-    )
-    return Numbers(replace(numbers.series, terms=terms), gamma * numbers.bias + beta)
+    return numbers.affine(gamma, beta)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,19 @@ class Numbers:
         """int8 [out, in], one array per term."""
         return tuple(np.asarray(term.q) for term in self.series.terms)
 
+    def affine(self, gamma: Array, beta: Array | float) -> Numbers:
+        """With outputs γ times as large, plus β; γ > 0 and β are [out] or one number."""
+        tiny = np.finfo(np.float32).tiny
+        terms = tuple(
+            replace(term, scale=np.maximum((term.scale.T * gamma).T.astype(np.float32), tiny))
+            for term in self.series.terms
+        )
+        offset = self.series.offset
+        if offset is not None:
+            offset = np.asarray(offset * gamma, np.float32)
+        series = replace(self.series, terms=terms, offset=offset)
+        return Numbers(series, gamma * self.bias + beta)
+
 
 @dataclass(frozen=True, eq=False)
 class Judged:
@@ -47,6 +60,10 @@ class Judged:
 
     x_hat: Array
     wanted: Array
+
+    def some(self, rows: slice) -> Judged:
+        """With the outputs of some channels only; all of one group."""
+        return replace(self, wanted=self.wanted[:, rows])
 
     def outputs(self, numbers: Numbers) -> Array:
         """What the node makes of the rows, float32 [n, out], without its own bias."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from onnxq.kernels_ref import PerAxis, SeriesKind, restore, round_second_order
 from onnxq.kernels_ref.clip_search import OutputSamples
+from onnxq.kernels_ref.offset import spanned_offset
 
 Array = npt.NDArray[Any]
 
@@ -34,13 +35,15 @@ def search_rounded_clip(
     bits: int,
     kind: SeriesKind,
     damping: float,
+    with_offset: bool = False,
     samples: OutputSamples | None = None,
-) -> tuple[Array, ...]:
-    """The scales times, per output channel, the ratio with the least output error.
+) -> tuple[tuple[Array, ...], Array | None]:
+    """(The scales times, per output channel, the ratio with the least output error, offset).
 
     target: float [out, in]. scales: float [out] per term. hessian: float64 [groups, in, in], rows
     of target group after group. The error is dᵀHd; with `samples` the mean absolute error of the
-    output on their x, [groups, n, in].
+    output on their x, [groups, n, in]. with_offset: the levels are those of a series with an
+    offset, which is that of `spanned_offset`.
     """
     groups, (out, inputs) = len(hessian), target.shape
     at_once = max(1, MOST_ELEMENTS // target.size)
@@ -56,8 +59,17 @@ def search_rounded_clip(
         trials = [np.maximum(trial, np.finfo(trial.dtype).tiny) for trial in trials]
         stacked = np.repeat(target.reshape(groups, 1, -1, inputs), len(ratios), axis=1)
         stacked = stacked.reshape(-1, inputs)
+        if with_offset:
+            offset = spanned_offset(stacked, trials[-1], bits, len(scales))
+            stacked = stacked - offset[:, np.newaxis]
         rounded = round_second_order(
-            stacked, trials, hessian, bits=bits, kind=kind, damping=damping
+            stacked,
+            trials,
+            hessian,
+            bits=bits,
+            kind=kind,
+            damping=damping,
+            full_range=with_offset,
         )
         series = restore(
             kind, rounded.terms, trials, shape=stacked.shape, bits=bits, granularity=PerAxis(0)
@@ -70,7 +82,9 @@ def search_rounded_clip(
             chosen = np.take_along_axis(trial.reshape(costs.shape), winner, axis=1).reshape(-1)
             best[i] = np.where(cost < least, chosen, best[i])
         least = np.minimum(cost, least)
-    return tuple(best)
+    if not with_offset:
+        return tuple(best), None
+    return tuple(best), spanned_offset(target, best[-1], bits, len(scales))
 
 
 def _costs(error: Array, hessian: Array, samples: OutputSamples | None) -> Array:

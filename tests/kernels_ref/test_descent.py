@@ -37,6 +37,16 @@ def test_no_row_gets_worse(seed: int, groups: int, changes: int | None) -> None:
     assert (np.abs(found.astype(int) - q).sum(axis=1) <= (changes or 2)).all()
 
 
+def test_the_full_range_has_one_level_more_and_uses_it() -> None:
+    target, q, steps, h = problem(0)
+    target = target - 1.5 * steps  # so that the lowest level is wanted
+    found = descend(q, steps, target - q * steps, h, bits=3, changes=1000, full_range=True)
+    assert (found.min(), found.max()) == (-4, 3)
+    narrow = descend(q, steps, target - q * steps, h, bits=3, changes=1000)
+    assert narrow.min() == -3
+    assert cost(target - found * steps, h).sum() < cost(target - narrow * steps, h).sum()
+
+
 def test_in_the_end_no_single_change_helps() -> None:
     target, q, steps, h = problem(0)
     found = descend(q, steps, target - q * steps, h, bits=3, damping=0.0, changes=1000)

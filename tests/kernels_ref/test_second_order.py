@@ -15,6 +15,7 @@ from onnxq.kernels_ref import (
     spread,
 )
 from onnxq.kernels_ref.digit import wide_half_range
+from onnxq.kernels_ref.offset import offset_range, spanned_offset, spanning_scales
 
 KINDS = ("fixed_ratio", "digit", "joint")
 
@@ -135,6 +136,24 @@ def test_no_row_is_worse_than_rounded_plainly(problem, options, terms):
     # Two quadratic forms of this size, each rounded in at most 20 * 20 places.
     slack = 1000 * np.finfo(np.float64).eps * squared(error + 1e-9, np.abs(h))
     assert np.all(after <= before + slack)
+
+
+@pytest.mark.parametrize(("bits", "terms"), [(3, 1), (4, 1), (3, 2)])
+def test_the_full_range_is_that_of_an_offset_and_never_worse_than_nearest(bits, terms):
+    rng = np.random.default_rng(0)
+    w, h = rng.standard_normal((40, 12)) + 1.0, correlated(rng, 12, 12, 30)
+    lowest, highest = offset_range(bits, terms)
+    scales = spanning_scales(w, bits=bits, terms=terms)
+    beta = spanned_offset(w, scales[-1], bits, terms)
+    shifted = w - beta[:, None]
+    found = round_second_order(shifted, scales, h, bits=bits, kind="digit", full_range=True)
+    wide = sum(q.astype(int) << (bits * (terms - 1 - i)) for i, q in enumerate(found.terms))
+    assert wide.min() == lowest and wide.max() == highest
+    nearest = np.clip(np.rint(shifted / scales[-1][:, None]), lowest, highest)
+    after = squared(shifted - wide * scales[-1][:, None], h)
+    before = squared(shifted - nearest * scales[-1][:, None], h)
+    assert np.all(after <= before * (1 + 1e-9))
+    assert after.sum() < 0.9 * before.sum()
 
 
 def test_correlated_inputs_gain_on_average():

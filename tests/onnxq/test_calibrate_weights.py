@@ -13,7 +13,7 @@ from onnxq import calibrate_weights as driver
 from onnxq.calibrate_weights import calibrate_weights
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.model import Model, load, raise_opset, to_proto
-from onnxq.passes import Expand, SelectNodes, required_opset
+from onnxq.passes import Expand, SearchScales, SelectNodes, required_opset
 from onnxq.pipeline import canonicalize
 from onnxq.plan import Plan
 
@@ -96,6 +96,44 @@ def test_second_order_rounding_and_bias_bring_most() -> None:
     proto = model(NET, NET_WEIGHTS)
     without, found = both_errors(proto, images(32, 0), images(16, 1))
     assert found < 0.5 * without
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_an_offset_uses_all_levels_and_is_more_exact(terms: int) -> None:
+    proto, feeds, fresh = model(NET, NET_WEIGHTS), images(24, 0), images(8, 1)
+    errors = []
+    for offset in (False, True):
+        made, plan = prepared(proto, bits=2, terms=terms, series="digit", offset=offset)
+        found, notes = calibrate_weights(made, plan, feeds)
+        assert not notes and set(found.integers) == NODES
+        assert (set(found.offsets) == NODES) == offset
+        lowest = min(int(found.integers[name][0].min()) for name in NODES)
+        assert lowest == (-2 if offset else -1)
+        errors.append(error(proto, expanded(made, found), fresh))
+    assert errors[1] < errors[0]
+
+
+def test_rounded_to_nearest_the_offset_stays_that_without_data() -> None:
+    proto, feeds = model(NET, NET_WEIGHTS), images(8, 0)
+    made, plan = prepared(proto, offset=True)
+    without = SearchScales()(made, plan.model_copy(deep=True))
+    found, _ = calibrate_weights(made, plan, feeds, rounding="nearest")
+    for name in NODES:
+        np.testing.assert_array_equal(found.offsets[name], without.offsets[name])
+        np.testing.assert_array_equal(found.scales[name][0], without.scales[name][0])
+    assert found.bias
+    expanded(made, found)
+
+
+@pytest.mark.parametrize("measure", ["mae", "mse"])
+def test_an_affine_moves_the_offset_too(measure: Any) -> None:
+    proto, feeds, fresh = model(NET, NET_WEIGHTS), images(24, 0), images(8, 1)
+    made, plan = prepared(proto, bits=2, offset=True)
+    errors = [
+        error(proto, expanded(made, calibrate_weights(made, plan, feeds, affine=one)[0]), fresh)
+        for one in ("none", measure)
+    ]
+    assert errors[1] < 1.1 * errors[0]
 
 
 def test_every_node_has_integers_scales_and_a_bias_that_fit() -> None:

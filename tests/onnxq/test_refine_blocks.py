@@ -14,7 +14,7 @@ from onnxq.errors import CalibrationError
 from onnxq.kernels_ref import PerAxis, expand
 from onnxq.model import Model, load, raise_opset, to_proto
 from onnxq.passes import Expand, SelectNodes, required_opset
-from onnxq.passes.block_moves import affine, moves
+from onnxq.passes.block_moves import moves
 from onnxq.passes.node_samples import Numbers
 from onnxq.pipeline import canonicalize
 from onnxq.plan import Plan
@@ -142,5 +142,5 @@ def test_moves_mend_what_an_affine_can_mend() -> None:
     first = next(iter(moves((output(numbers), wanted), own)))
     # The new scale is rounded to float32.
     np.testing.assert_allclose(output(first(numbers)), wanted, rtol=0, atol=1e-5)
-    half = affine(numbers, np.float64(0.5), 1.0)
+    half = numbers.affine(np.float64(0.5), 1.0)
     np.testing.assert_allclose(output(half) - own, 0.5 * (output(numbers) - own) + 1, atol=1e-5)
