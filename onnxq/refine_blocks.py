@@ -39,6 +39,9 @@ STAGE_WEIGHT = 1.0
 # A change has to bring this share of the error, on either part of the samples.
 SMALLEST_GAIN = 1e-4
 MOST_SAMPLES = 64
+BUDGET_BYTES = 1 << 30
+# Of every sample: float, float at the end of the stage, quantized, and what is tried.
+_VARIANTS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,7 @@ def refine_blocks(
     *,
     effort: Effort = "high",
     stage_weight: float = STAGE_WEIGHT,
+    budget_bytes: int = BUDGET_BYTES,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Plan, tuple[str, ...]]:
@@ -74,6 +78,8 @@ def refine_blocks(
             none; nothing else limits
             the time: the result is the same on every machine.
         stage_weight: λ.
+        budget_bytes: for the tensors between blocks, of all samples in four variants; of too many
+            samples evenly spread ones are taken, at least 4.
         threads: of onnxruntime; its default if not given.
         progress: called with (what, done, total).
 
@@ -95,7 +101,15 @@ def refine_blocks(
     if rounds == 0 or len(feeds) < HELD_OUT_EVERY:
         reason = "" if rounds == 0 else "refining blocks needs 4 samples or more"
         return made, (reason,) if reason else ()
-    search = _Search(to_proto(model), made, rounds, stage_weight, threads, progress or _silent)
+    search = _Search(
+        to_proto(model),
+        made,
+        rounds,
+        stage_weight=stage_weight,
+        budget_bytes=budget_bytes,
+        threads=threads,
+        progress=progress or _silent,
+    )
     for entry, (candidate, weight) in match_plan(model, made):
         rows = NodeRows.of(candidate.node, weight)
         if isinstance(rows, NodeRows) and not candidate.inner and entry.name in made.integers:
@@ -111,6 +125,7 @@ class _Search:
     plan: Plan
     rounds: int
     stage_weight: float
+    budget_bytes: int
     threads: int | None
     progress: Progress
     sites: dict[str, _Site] = field(default_factory=dict)
@@ -127,7 +142,13 @@ class _Search:
 
     def run(self, feeds: Sequence[Feed]) -> tuple[str, ...]:
         """Refine all stages; a sentence on what was found."""
-        stages = self._stages(feeds[0])
+        stages, most_bytes = self._stages(feeds[0])
+        fit = max(HELD_OUT_EVERY, self.budget_bytes // max(_VARIANTS * most_bytes, 1))
+        notes: tuple[str, ...] = ()
+        if fit < len(feeds):
+            bound = f"memory bound {self.budget_bytes / 2**30:.1f} GiB"
+            notes = (f"refining blocks: {fit} of {len(feeds)} samples, {bound}",)
+            feeds = [feeds[i * len(feeds) // fit] for i in range(fit)]
         total = sum(len(self._planned(block)) for stage in stages for block in stage.blocks)
         exact = [{name: np.asarray(array) for name, array in feed.items()} for feed in feeds]
         quantized = [dict(tensors) for tensors in exact]
@@ -154,8 +175,8 @@ class _Search:
                         self.progress("refining", done, total)
                     self._advance(block, quantized, self._replacements(block))
         except KeyboardInterrupt:
-            return (f"refining blocks: interrupted after {done} of {total} nodes",)
-        return (f"refining blocks: {self._kept} of {tried} changes kept",)
+            return (*notes, f"refining blocks: interrupted after {done} of {total} nodes")
+        return (*notes, f"refining blocks: {self._kept} of {tried} changes kept")
 
     def keep(self, name: str, numbers: Numbers) -> None:
         """Let a node have these numbers."""
@@ -210,15 +231,18 @@ class _Search:
             found |= run_part(session, feed, computed)
         return found
 
-    def _stages(self, feed: Feed) -> list[Stage]:
+    def _stages(self, feed: Feed) -> tuple[list[Stage], int]:
+        """The stages, and the most bytes that lie between two blocks of this sample."""
         graph, chosen = self.proto.graph, set(self.sites)
         blocks = [b for stage in find_blocks(graph, chosen, {}) for b in stage.blocks]
         tensors: list[Tensors] = [{name: np.asarray(array) for name, array in feed.items()}]
         sizes: dict[str, tuple[int, ...]] = {}
+        most_bytes = 0
         for block in blocks:
             self._advance(block, tensors, {})
             sizes |= {name: array.shape for name, array in tensors[0].items()}
-        return find_blocks(graph, chosen, sizes)
+            most_bytes = max(most_bytes, sum(array.nbytes for array in tensors[0].values()))
+        return find_blocks(graph, chosen, sizes), most_bytes
 
 
 class _Part:

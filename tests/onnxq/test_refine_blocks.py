@@ -101,6 +101,18 @@ def test_too_few_samples_are_said() -> None:
     assert "4 samples" in notes[0] and set(found.scales) == set(plan.scales)
 
 
+def test_the_budget_cuts_the_number_of_samples() -> None:
+    _, made, plan = planned()
+    feeds = images(16, 0)
+    largest = 8 * 8 * 8 * 4  # [1, 8, 8, 8] in float32, four variants of it per sample
+    _, notes = refine_blocks(made, plan, feeds, budget_bytes=4 * 6 * 2 * largest)
+    assert any("of 16 samples, memory bound" in note for note in notes)
+    _, notes = refine_blocks(made, plan, feeds, budget_bytes=1)
+    assert notes[0].startswith("refining blocks: 4 of 16 samples")
+    _, notes = refine_blocks(made, plan, feeds)
+    assert not any("memory" in note for note in notes)
+
+
 def test_ctrl_c_keeps_what_was_found() -> None:
     def stop(_what: str, done: int, _total: int) -> None:
         if done == 2:
