@@ -3,6 +3,8 @@
 python benchmarks/adaptive.py sizes      error at equal file sizes
 python benchmarks/adaptive.py tolerance  average weight bits that a tolerance takes
 python benchmarks/adaptive.py defaults   settings without data, on every model
+python benchmarks/adaptive.py flips      what top1 is expected to lose, and what is lost
+python benchmarks/adaptive.py made-up    defaults without data, errors on made-up and real inputs
 Everything is judged on samples that neither calibration nor search saw.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -20,14 +23,17 @@ from rich.table import Table
 
 from onnxq.allocate import Goal, Infeasible, allocate, allocate_without_data, split
 from onnxq.calibrate_weights import calibrate_weights
-from onnxq.candidates import EFFICIENT
-from onnxq.feeds import load_data
+from onnxq.candidates import EFFICIENT, INTEGER, units
+from onnxq.feeds import load_data, made_up_feeds
 from onnxq.meter import Meter
 from onnxq.model import load, to_proto
+from onnxq.options import Options
 from onnxq.passes import SelectNodes
 from onnxq.pipeline import canonicalize
+from onnxq.plan import Plan
 from onnxq.report import weight_bits
-from onnxq.search import Search
+from onnxq.rounding_factors import with_rounding
+from onnxq.search import TRIALS, Search
 from onnxq.sensitivity import measure
 from onnxq.session import input_specs, open_session, run
 from onnxq.tolerance import Tolerance
@@ -43,7 +49,7 @@ FIVE = (
 TOLERANCES = {"sr_rlfn_x4": "sqnr=43dB", "minilm_l6_v2": "cosine=0.999"}
 CALIBRATION = {"sr_rlfn_x4": 16, "minilm_l6_v2": 32}
 THREADS = 1  # several would wait for each other where the machine does other work, too
-UNSEEN = {"cifar10_resnet20": 1000, "sr_rlfn_x4": 16, "minilm_l6_v2": 32}
+UNSEEN = {"cifar10_resnet20": 1936, "sr_rlfn_x4": 16, "minilm_l6_v2": 32}
 app = typer.Typer(add_completion=False)
 console = Console(width=150)
 Only = Annotated[str, typer.Option(help="Part of a model's name.")]
@@ -115,6 +121,20 @@ def psnr_lost(written) -> float:
     return float(exact - quantized)
 
 
+def nominal_bits(plan) -> float:
+    """Bits of the integers per parameter, scales not counted; 32 for nodes left in float."""
+    counts = [float(np.prod(node.shape)) if node.shape else 0.0 for node in plan.nodes]
+    bits = [32 if node.reason is not None else node.terms * node.bits for node in plan.nodes]
+    return float(np.dot(counts, bits) / sum(counts))
+
+
+def shown(wanted, measured) -> str:
+    """What was measured, with its standard error in percent of it."""
+    loss = wanted.loss(measured)
+    share = 100 * loss.spread / loss.value if loss.value else 0.0
+    return f"{wanted.shown(measured)} ±{share:.0f}%"
+
+
 def _there() -> None:
     if not MODELS.exists():
         print(f"skipped: {MODELS} is not there (set ONNXQ_REAL)")
@@ -131,6 +151,8 @@ def sizes(only: Only = "", rounded: Rounded = False) -> None:
         fit, judge = split(real.calibration, refined=rounded)
         refine = real.refine(fit, []) if rounded else None
         costs = measure(real.model, real.plan, EFFICIENT, fit, threads=THREADS)
+        if rounded:
+            costs = with_rounding(real.model, real.plan, costs, fit)
         with Trial(real.model, judge, THREADS) as trial:
             costs = trial.exact_bytes(costs, real.plan)
             for option, candidate in enumerate(EFFICIENT[1:6], start=1):
@@ -163,16 +185,19 @@ def tolerance(
     only: Only = "",
     rounded: Rounded = False,
     samples: Annotated[int, typer.Option(help="Of the calibration samples, to round to.")] = 64,
-    trials: Annotated[int, typer.Option(help="Measurements of the whole model.")] = 8,
+    trials: Annotated[int, typer.Option(help="Measurements of the whole model.")] = 4,
+    unseen: Annotated[int, typer.Option(help="Images to judge on.")] = 436,
+    factors: Annotated[bool, typer.Option(help="Correct sensitivities for rounding.")] = True,
 ) -> None:
     _there()
-    names = ("model", "tolerance", "bits", "size", "searched", "unseen", "counted", "chosen", "s")
+    names = ("model", "tolerance", "bits", "nominal", "size", "searched", "unseen", "counted")
+    names = (*names, "chosen", "CPU s")
     table = Table(*names)
     for name in (n for n in FIVE if only in n):
-        real = Real(name)
+        real = Real(name, unseen=unseen)
         fit, judge = split(real.calibration, refined=rounded)
         wanted = Tolerance.parse(TOLERANCES.get(name, "top1=0.5pt"))
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             found = allocate(
                 real.model,
@@ -180,14 +205,16 @@ def tolerance(
                 fit,
                 Goal(tolerance=wanted),
                 refine=real.refine(list(fit)[:samples], []) if rounded else None,
-                trials=trials,
+                finish=real.refine(real.calibration[:samples], []) if rounded else None,
+                rounded=rounded and factors,
+                trials=trials if rounded else TRIALS,
                 judge=judge,
                 threads=THREADS,
             )
         except Infeasible as error:
             print(error)
             found = error.closest
-        spent = time.perf_counter() - start
+        spent = time.process_time() - start
         with Trial(real.model, (), THREADS) as trial:
             written = trial.write(found.plan)
             share = f"{len(written) / trial.float_bytes:.3f}"
@@ -199,14 +226,15 @@ def tolerance(
             name,
             str(wanted),
             f"{weight_bits(found.plan):.2f}",
+            f"{nominal_bits(found.plan):.2f}",
             share,
-            wanted.shown(found.measured),
-            wanted.shown(measured),
+            shown(wanted, found.measured),
+            shown(wanted, measured),
             counted,
             " ".join(f"{k}:{v}" for k, v in found.chosen.items()),
             f"{spent:.0f}",
         )
-        print(row, [(s, wanted.shown(m)) for s, m in found.trials], flush=True)
+        print(row, [(s, shown(wanted, m)) for s, m in found.trials], flush=True)
         table.add_row(*row)
     console.print(table)
 
@@ -241,6 +269,85 @@ def defaults(only: Only = "") -> None:
                 print(*row, flush=True)
                 table.add_row(*row)
     console.print(table)
+
+
+@app.command()
+def flips(only: Only = "", unseen: Annotated[int, typer.Option(help="Images.")] = 436) -> None:
+    """Weights rounded to nearest: expected from 64 samples, of unseen ones, and what happened."""
+    _there()
+    names = ("model", "weights", "expected from 64", "of unseen", "happened", "counted by labels")
+    table = Table(*names)
+    for name in (n for n in CLASSIFIERS if only in n):
+        real = Real(name, unseen=unseen)
+        fit, judge = split(real.calibration, refined=True)
+        every = units(real.model, real.plan)
+        with Trial(real.model, judge, THREADS, fit) as trial:
+            for candidate in (EFFICIENT[3], EFFICIENT[4]):
+                entries = [(unit.apply(candidate) or unit.entries)[0] for unit in every]
+                written = trial.write(Plan(nodes=entries))
+                measured, lost = real.judge(written)
+                found = [100 * m.top1.value for m in (trial.measure(written), measured)]
+                row = (name, candidate.name, *(f"{x:.2f}" for x in found))
+                row = (*row, f"{100 * happened(real, written):.2f}", f"{lost:.2f}")
+                print(*row, flush=True)
+                table.add_row(*row)
+    console.print(table)
+
+
+def happened(real: Real, written) -> float:
+    """What the flips on unseen samples cost by the float model's own probabilities.
+
+    The mean for the quantized output and for one that errs as much to the other side: that halves
+    the variance.
+    """
+    session = open_session(written, threads=THREADS)
+    wanted = np.concatenate([w[0].reshape(1, -1) for w in real.wanted]).astype(np.float64)
+    got = np.concatenate([run(session, feed)[0].reshape(1, -1) for feed in real.unseen])
+    likely = np.exp(wanted - wanted.max(axis=1, keepdims=True))
+    likely /= likely.sum(axis=1, keepdims=True)
+    rows, own = np.arange(len(wanted)), wanted.argmax(axis=1)
+    both = [output.argmax(axis=1) for output in (got, 2 * wanted - got)]
+    return float(np.mean([likely[rows, own] - likely[rows, other] for other in both]))
+
+
+@app.command()
+def made_up(
+    only: Only = "", count: Annotated[int, typer.Option(help="Real samples.")] = 12
+) -> None:
+    """What `quantize` does without data: sizes, and errors on made-up and on real inputs."""
+    _there()
+    table = Table("model", "default", "estimate alone", "tried on made-up inputs", "said")
+    for path in sorted((p for p in MODELS.glob("*.onnx") if only in p.stem), key=_bytes):
+        for activations, candidates in (("dynamic", INTEGER), ("none", EFFICIENT)):
+            model = load(path)
+            canonicalize(model)
+            options = Options(activations=activations)
+            plan = options.select()(model)
+            session = open_session(to_proto(model).SerializeToString(), threads=THREADS)
+            specs = input_specs(session)
+            feeds = made_up_feeds(specs, {}, partial(run, session))
+            quantized = [one for one in candidates if one.quantized]
+            goal = Goal(tolerance=Tolerance.parse(options.effective_tolerance))
+            row = [path.stem, f"{activations}, {goal.tolerance}"]
+            with Trial(model, load_data(samples(path.stem, count), specs), THREADS) as trial:
+                for inputs in ((), feeds):
+                    try:
+                        found = allocate_without_data(
+                            model, plan, goal, candidates=quantized, made_up=inputs, threads=THREADS
+                        )
+                    except Infeasible as error:
+                        found = error.closest
+                    written = trial.write(found.plan)
+                    error = 100 * trial.measure(written).relative_error
+                    row.append(f".{1000 * len(written) // trial.float_bytes:03}, {error:.2g} %")
+            row.append(found.stated)
+            print(*row, sep=" | ", flush=True)
+            table.add_row(*row)
+    console.print(table)
+
+
+def _bytes(path) -> int:
+    return path.stat().st_size
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 
 from onnxq.calibration import Calibration
 from onnxq.candidates import EFFICIENT, Candidate
@@ -12,10 +14,18 @@ from onnxq.feeds import Feed
 from onnxq.goal import Allocation, Goal, Infeasible
 from onnxq.model import Model
 from onnxq.plan import Plan
+from onnxq.rounding_factors import with_rounding
 from onnxq.search import TRIALS, Array, Progress, Refine, Search
 from onnxq.sensitivity import SAMPLES, Table, estimate, measure
+from onnxq.tolerance import Tolerance
 from onnxq.trial import Trial
 
+# Made-up inputs are no pictures: they say nothing about classes.
+_MADE_UP_KINDS = ("error", "sqnr", "mae", "cosine")
+_MADE_UP_TRIALS = 6
+# The error on them is that of the weights if it falls with their own: at least as this power of it.
+_ANSWERS = 0.5
+_MADE_UP_BYTES = 2**28  # of the model; plans of larger ones take too long to try unasked
 _CORRECTIONS = 5  # how often whole models may turn out to be too slow
 
 __all__ = ["Allocation", "Goal", "Infeasible", "allocate", "allocate_without_data", "split"]
@@ -45,6 +55,8 @@ def allocate(
     *,
     candidates: Sequence[Candidate] | None = None,
     refine: Refine | None = None,
+    finish: Refine | None = None,
+    rounded: bool = False,
     judge: Iterable[Feed] | None = None,
     latency: Callable[[Table], Array] | None = None,
     timed: Callable[[Trial, Plan], float] | None = None,
@@ -66,6 +78,10 @@ def allocate(
         candidates: what a node may be; `candidates.EFFICIENT` if not given.
         refine: completes a plan before it is tried, e.g. rounds to data. It should see no sample of
             `judge`.
+        finish: like `refine`, but with all samples: completes the plan that was found. What is
+            said to be measured is that of `refine`, which is not better.
+        rounded: whether `refine` rounds weights to samples by second order: the errors of nodes are
+            those of weights rounded so.
         judge: samples to measure on; a part of `samples` (see `split`) if not given.
         latency: latencies [units, candidates] of a table, relative to the float model's;
             `latencies.MeasureLatencies` measures them.
@@ -94,7 +110,10 @@ def allocate(
         threads=threads,
         progress=progress,
     )
-    with Trial(model, judge, threads) as trial:
+    if rounded:
+        table = with_rounding(model, plan, table, samples, progress=progress)
+    beside = () if judge is samples else samples
+    with Trial(model, judge, threads, beside) as trial:
         table = trial.exact_bytes(table, plan)
         search = Search(
             model,
@@ -108,8 +127,17 @@ def allocate(
             progress=progress,
         )
         if timed is None or search.latency is None:
-            return _solve(search)
-        return _solve_timed(search, lambda made: timed(trial, made))
+            found = _solve(search)
+        else:
+            found = _solve_timed(search, partial(timed, trial))
+        return found if finish is None else _finished(search, found, finish)
+
+
+def _finished(search: Search, found: Allocation, finish: Refine) -> Allocation:
+    """Completed with all samples, if it then still has the size."""
+    made = finish(search.model, search.table.plan(search.base, found.options))
+    size, bound = search.trial.size(made), search.goal.max_bytes
+    return found if bound is not None and size > bound else replace(found, plan=made, size=size)
 
 
 def _solve(search: Search) -> Allocation:
@@ -148,11 +176,18 @@ def allocate_without_data(
     goal: Goal,
     *,
     candidates: Sequence[Candidate] | None = None,
+    made_up: Iterable[Feed] = (),
+    refine: Refine | None = None,
+    threads: int | None = None,
 ) -> Allocation:
-    """The same from the weights alone: nothing is run, and the error is an estimate.
+    """The same from the weights alone: the error is an estimate.
 
     The tolerance is stated as an energy of the error (`Tolerance.energy`), the sum over nodes of
-    the relative energy of each weight's own error.
+    the relative energy of each weight's own error. With made-up inputs, the plan is run on them; if
+    it does not keep the tolerance there, finer ones are tried, a few times at most. Where these
+    hardly lower the error, it is not the weights', and the estimate's plan stands: noise may be
+    nothing that the model has an answer to. `refine` completes a plan before it is run.
+    `stated` says which of these it was.
 
     Raises:
         Infeasible: the goal cannot be kept by the estimate.
@@ -161,7 +196,38 @@ def allocate_without_data(
     if goal.max_latency is not None or goal.minimize == "latency":
         raise ConfigError("latencies are measured on samples: add --calibration")
     table = estimate(model, plan, candidates or EFFICIENT)
-    with Trial(model, ()) as trial:
+    with Trial(model, made_up, threads) as trial:
         table = trial.exact_bytes(table, plan)
-        search = Search(model, plan, goal, table, trial, most_trials=0)
-        return search.by_estimate()
+        search = Search(model, plan, goal, table, trial, refine=refine, most_trials=0)
+        found = search.by_estimate()
+        tried = list(islice(made_up, 1)) and trial.float_bytes <= _MADE_UP_BYTES
+        wanted = goal.tolerance
+        if not tried or wanted is None or wanted.kind not in _MADE_UP_KINDS:
+            return found
+        return found if goal.minimize == "error" else _corrected(search, wanted, found)
+
+
+def _corrected(search: Search, tolerance: Tolerance, found: Allocation) -> Allocation:
+    """What also keeps the tolerance on made-up inputs, or the estimate's plan."""
+    search.most_trials = _MADE_UP_TRIALS
+    try:
+        made = search.least_cost(tolerance.energy, loosen=False)
+    except Infeasible as error:
+        made = error.closest
+    bound = search.goal.max_bytes
+    if bound is not None and made.size > bound:
+        return replace(found, stated=f"{found.stated}; finer plans are larger than {bound} bytes")
+    assert made.measured is not None
+    said = tolerance.shown(made.measured)
+    first = made.trials[0][1].energy.value
+    expected = first * (made.predicted / found.predicted) ** _ANSWERS if found.predicted else 0.0
+    if made.measured.energy.value == 0:  # the float output, too, is zero
+        said = "its output is zero on made-up inputs, so that they do not count"
+    elif len(made.trials) == 1:
+        said = f"{said} on made-up inputs"
+    elif made.options != found.options and made.measured.energy.value <= expected:
+        said = f"made finer until it had {said} on made-up inputs"
+    else:
+        said = f"not below {said} on made-up inputs, so that they do not count"
+    kept = found if said.endswith("count") else made
+    return replace(kept, stated=f"{found.stated}; {said}")

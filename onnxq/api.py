@@ -111,14 +111,17 @@ def quantize(
     check = Validation(reference_of(model), data, input_shapes or {})
     samples = _samples(calibration, images, check, chosen, given)
     tell = progress or _silent
-    choose = None if chosen.uniform else Budgeted(chosen, samples, size_of(model), tell)
+    seen = samples or check.samples
+    made_up = check.samples if check.samples is not None and check.samples.made_up else ()
+    choose = None if chosen.uniform else Budgeted(chosen, samples, size_of(model), tell, made_up)
     if choose is not None:
         choose.goal()  # refused before the work
     complete: list[Complete] = []
     if samples is not None and chosen.uniform:
         complete.append(Calibrated(chosen, samples, tell))
-    seen = samples or check.samples
-    if chosen.outliers and seen is not None and given is None:
+    # an allocation on samples has decided on outlier columns, too
+    decided = choose is not None and samples is not None
+    if chosen.outliers and seen is not None and given is None and not decided:
         complete.append(Outliers(seen, chosen.outliers))
     rewritten = rewrite(
         source,
@@ -126,7 +129,9 @@ def quantize(
         given,
         tell,
         equalize=chosen.equalize,
+        centre=chosen.choose_centre(calibrated=samples is not None),
         choose=choose,
+        priors=chosen.priors and samples is None,
         complete=complete,
     )
 

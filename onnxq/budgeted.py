@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from onnxq.allocate import Allocation, Goal, Infeasible, allocate, allocate_without_data, split
-from onnxq.calibrated import round_to_samples
+from onnxq.calibrated import Calibrated
 from onnxq.calibration import Calibration
-from onnxq.candidates import EFFICIENT, INTEGER
+from onnxq.candidates import EFFICIENT, INTEGER, Candidate, integer
+from onnxq.feeds import Feed
 from onnxq.goal import parse_size
 from onnxq.latencies import MeasureLatencies, parse_latency
 from onnxq.model import Model
 from onnxq.options import Options
+from onnxq.passes import SearchScales
 from onnxq.plan import Plan
+from onnxq.search import Refine
+from onnxq.static import plan_static
 from onnxq.tolerance import Tolerance
 
 Progress = Callable[[str, int, int], None]
+Finish = Callable[[Model, Plan], Plan]
 
 # Rounding to data takes most of a trial's time.
 _TRIALS_ROUNDED = 4
@@ -32,15 +37,24 @@ class Budgeted:
         samples: to measure on; without them the weights alone decide.
         float_bytes: of the float model's file.
         progress: called with (what, done, total).
+        made_up: inputs that the float model runs on, to try plans on where there are no samples.
     """
 
     options: Options
     samples: Calibration | None
     float_bytes: int
     progress: Progress
+    made_up: Iterable[Feed] = ()
 
-    def __call__(self, model: Model, plan: Plan) -> tuple[Plan, tuple[str, ...]]:
+    def __call__(
+        self, model: Model, plan: Plan, finish: Finish | None = None
+    ) -> tuple[Plan, tuple[str, ...]]:
         """The plan, and notes for the user.
+
+        Args:
+            model: canonical; only read.
+            plan: as selected.
+            finish: what is done to a plan afterwards where there are no samples.
 
         Raises:
             Infeasible: the goal cannot be kept, and the closest is not wanted.
@@ -48,7 +62,7 @@ class Budgeted:
         """
         notes: tuple[str, ...] = ()
         try:
-            made = self._allocate(model, plan)
+            made = self._allocate(model, plan, finish)
         except Infeasible as error:
             if not (self.options.best_effort or self.options.by_default):
                 raise
@@ -70,45 +84,74 @@ class Budgeted:
             minimize=options.effective_minimize,
         )
 
-    def _allocate(self, model: Model, plan: Plan) -> Allocation:
+    def _allocate(self, model: Model, plan: Plan, finish: Finish | None) -> Allocation:
         goal = self.goal()
-        candidates = EFFICIENT if self.options.activations == "none" else INTEGER
-        if self.options.by_default:  # a quantizer quantizes; leaving out is for stated bounds
-            candidates = tuple(one for one in candidates if one.quantized)
+        candidates = self._candidates(goal, plan)
         if self.samples is None:
-            return allocate_without_data(model, plan, goal, candidates=candidates)
-        latency = None
+            return allocate_without_data(
+                model, plan, goal, candidates=candidates, made_up=self.made_up, refine=finish
+            )
+        more: dict[str, Any] = {}
         if goal.max_latency is not None or goal.minimize == "latency":
             latency = MeasureLatencies(model, next(iter(self.samples)), progress=self.progress)
-        timing: Any = {"latency": latency, "timed": latency.whole} if latency else {}
-        if self.options.effort == "fast":
-            return allocate(
-                model,
-                plan,
-                self.samples,
-                goal,
-                candidates=candidates,
-                progress=self.progress,
-                **timing,
-            )
-        fit, judge = split(self.samples, refined=True)
-
-        def refine(model: Model, plan: Plan) -> Plan:
-            # split keeps a Calibration a Calibration
-            return round_to_samples(model, plan, fit, self.options, self.progress)[0]  # type: ignore[arg-type]
-
+            more = {"latency": latency, "timed": latency.whole}
+        samples: Iterable[Feed] = self.samples
+        if self.options.activations == "static" or self.options.effort != "fast":
+            fit, judge = split(self.samples, refined=True)
+            rounded = self.options.effort != "fast" and self.options.rounding == "second_order"
+            more |= {
+                "refine": self._completed(fit, tried=True),
+                "finish": self._completed(self.samples, tried=False),
+                "rounded": rounded,
+                "judge": judge,
+                "trials": _TRIALS_ROUNDED,
+            }
+            samples = fit
+            if self.options.activations == "static":
+                plan = self._with_ranges(model, plan, fit)
         return allocate(
-            model,
-            plan,
-            fit,
-            goal,
-            candidates=candidates,
-            refine=refine,
-            judge=judge,
-            trials=_TRIALS_ROUNDED,
-            progress=self.progress,
-            **timing,
+            model, plan, samples, goal, candidates=candidates, progress=self.progress, **more
         )
+
+    def _candidates(self, goal: Goal, plan: Plan) -> tuple[Candidate, ...]:
+        """What a node may be. Without samples nothing is known of activations."""
+        options = self.options
+        if options.activations == "none":
+            found = EFFICIENT
+        elif options.activations == "static" or self.samples is None:
+            found = INTEGER
+        else:
+            timed = goal.max_latency is not None or goal.minimize == "latency"
+            said = {"activation_bits", "activation_terms", "products"} & options.model_fields_set
+            found = integer(
+                columns=options.outliers,
+                terms=not said and (timed or goal.minimize == "size"),
+                narrow=timed and any(node.target == "cpu-avx2" for node in plan.quantized),
+            )
+        if options.by_default:  # a quantizer quantizes; leaving out is for stated bounds
+            return tuple(one for one in found if one.quantized)
+        return found
+
+    def _with_ranges(self, model: Model, plan: Plan, samples: Iterable[Feed]) -> Plan:
+        """The plan with ranges of activations, and as float what cannot be static."""
+        assert isinstance(samples, Calibration)
+        own = plan.model_copy(update={"scales": {}, "ranges": dict(plan.ranges)})
+        own = SearchScales()(model, own)
+        made = plan_static(model, own, samples, self.options.ranges, self.progress)
+        return plan.model_copy(update={"nodes": made.nodes, "ranges": made.ranges})
+
+    def _completed(self, samples: Iterable[Feed], *, tried: bool) -> Refine:
+        """How a plan is completed on samples; blocks are refined once it is chosen."""
+        high = self.options.effort == "high"
+        options = self.options.model_copy(update={"effort": "normal"} if high and tried else {})
+        assert isinstance(samples, Calibration)  # split keeps it one
+        complete = Calibrated(options, samples, self.progress)
+
+        def completed(model: Model, plan: Plan) -> Plan:
+            ranges = dict(plan.ranges) if tried else {}  # at last those of all samples
+            return complete(model, plan.model_copy(update={"ranges": ranges}))[0]
+
+        return completed
 
     def _summary(self, made: Allocation) -> str:
         kinds = ", ".join(f"{count} × {name}" for name, count in made.chosen.items() if count)

@@ -234,7 +234,8 @@ class _Walk:
 
 
 def _copy_numbers(plan: Plan, source: str, target: str) -> None:
-    for numbers in (plan.scales, plan.integers, plan.offsets):
+    tables: tuple[dict[str, Any], ...] = (plan.scales, plan.integers, plan.offsets)
+    for numbers in tables:
         if source in numbers:
             numbers[target] = numbers[source]
 

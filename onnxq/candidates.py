@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from pydantic import ValidationError as Invalid
 from onnxq.model import Model
 from onnxq.passes.search_scales import match_plan
 from onnxq.passes.select_nodes import default_series
+from onnxq.passes.stored_scales import expected_scale_bits
 from onnxq.passes.stored_terms import stored_bits
 from onnxq.passes.weights import Weight
 from onnxq.plan import NodePlan, Plan
@@ -20,6 +21,7 @@ FLOAT_BYTES = 4
 # What a term takes in the file beside its numbers: names, a Cast, a Mul, constants' headers. It
 # depends on the lengths of names; what it really is, is found by writing small models.
 TERM_OVERHEAD = 300
+_READING = frozenset({"activation_bits", "activation_terms"})
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,30 @@ class Candidate:
         change: fields of NodePlan and their values. `bits` and `terms` alone leave the kind of
             series to the number of terms; an empty change with `quantized` False leaves the node
             in float.
+        columns: how many outlier columns of the activation may be multiplied in float. Which ones,
+            the entry says; without the node has none.
     """
 
     name: str
     change: Mapping[str, Any] = field(default_factory=dict)
     quantized: bool = True
+    columns: int = 0
+
+    @property
+    def reads(self) -> bool:
+        """Whether the node's activation is changed, too."""
+        return self.columns > 0 or not _READING.isdisjoint(self.change)
 
     def apply(self, entry: NodePlan, weight: Weight) -> NodePlan | None:
         """The entry with this change, or None where the node cannot have it."""
         if not self.quantized:
             return entry.model_copy(update={"reason": "left in float: its error costs the most"})
+        if self.reads and entry.activations != "dynamic":
+            return None
+        if self.columns and not entry.outliers:
+            return None
         changed = dict(self.change)
+        changed["outliers"] = entry.outliers if self.columns else ()
         if "series" not in changed and entry.series != "joint":
             changed["series"] = default_series(int(changed.get("terms", entry.terms)))
         block = changed.get("block_size", entry.block_size)
@@ -61,11 +76,25 @@ def bits(number: int, *, terms: int = 1, block_size: int | None = None) -> Candi
     return Candidate(name, {"bits": number, "terms": terms, "block_size": block_size})
 
 
+def reading(candidate: Candidate, number: int, terms: int) -> Candidate:
+    """The candidate with so many terms of so many bits of the activation, in dynamic compute."""
+    return replace(
+        candidate,
+        name=f"{candidate.name}·{number}x{terms}",
+        change={**candidate.change, "activation_bits": number, "activation_terms": terms},
+    )
+
+
+def with_columns(candidate: Candidate, most: int) -> Candidate:
+    """The candidate with at most so many outlier columns of the activation in float."""
+    return replace(candidate, name=f"{candidate.name}+columns", columns=most)
+
+
 LEFT_IN_FLOAT = Candidate("float", quantized=False)
 
 # Bits are stored as 4 or 8, so that 2, 3 and 5 to 7 take the space of more exact ones, and two
 # terms of four bits that of one of eight, which is more exact too: none of them is ever the best
-# in bytes. Blocks lie between the two: a scale of 32 bits for 64, 32 or 16 weights.
+# in bytes. Blocks lie between the two: a scale of 16 bits for 64, 32 or 16 weights.
 EFFICIENT: tuple[Candidate, ...] = (
     bits(4),
     bits(4, block_size=64),
@@ -81,6 +110,31 @@ EFFICIENT: tuple[Candidate, ...] = (
 # Integer compute takes a product per term, so that three terms of 4 bits, though smaller, are
 # slower than two of 8; and it has no blocks.
 INTEGER: tuple[Candidate, ...] = (bits(4), bits(8), bits(8, terms=2), LEFT_IN_FLOAT)
+
+
+def integer(
+    *, columns: int = 0, terms: bool = False, narrow: bool = False
+) -> tuple[Candidate, ...]:
+    """`INTEGER`, and more for nodes that need it.
+
+    Args:
+        columns: outlier columns of a MatMul's input that may be multiplied in float, at most.
+        terms: also with a second term of the activation. It takes next to no bytes, so that
+            latency must count for something. Of 7 bits where the weight's error is larger anyway:
+            on x86 without VNNI that is faster (forms.py).
+        narrow: also with weights of 7 bits, which take the bytes of 8 and have more error, but are
+            faster there.
+    """
+    weights = [bits(4), bits(8), bits(8, terms=2)]
+    if narrow:
+        weights += [bits(7), bits(7, terms=2)]
+    read: list[Candidate] = []
+    if columns:
+        read += [with_columns(one, columns) for one in weights]
+    if terms:
+        two = bits(7 if narrow else 8, terms=2)
+        read += [reading(bits(8), 7, 2), reading(two, 7, 2), reading(bits(8, terms=2), 8, 2)]
+    return (*weights, *read, LEFT_IN_FLOAT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +175,14 @@ def stored_bytes(entry: NodePlan, weight: Weight) -> int:
         blocks = -(-length // block)
         scales, length = rows * blocks, blocks * block
     integers = -(-rows * length * stored_bits(entry.bits) // 8)
-    return entry.terms * (integers + FLOAT_BYTES * scales + TERM_OVERHEAD)
+    return entry.terms * (integers + TERM_OVERHEAD) + expected_scale_bits(entry, scales) // 8
 
 
 def products(entry: NodePlan, weight: Weight) -> int:
     """Multiplications per place at which the weight is applied; integer ones count a quarter.
 
-    Merged or stored for float compute, any number of terms is one product.
+    Merged or stored for float compute, any number of terms is one product. Outlier columns are a
+    float product of their own.
     """
     if not entry.quantized or entry.activations == "none":
         parallel = entry.quantized and entry.layout == "parallel"
@@ -141,7 +196,7 @@ def products(entry: NodePlan, weight: Weight) -> int:
         count = int(np.sum(pairs <= most))
     else:
         count = min(entry.products, terms * entry.activation_terms)
-    return weight.size * count
+    return weight.size * count + 4 * len(entry.outliers) * weight.out
 
 
 def applicable(unit: Unit, candidates: Sequence[Candidate]) -> Iterator[tuple[int, Any]]:

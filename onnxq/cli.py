@@ -124,6 +124,8 @@ def quantize(
     series: Annotated[Literal["auto", "fixed_ratio", "digit", "joint"], _option("series")] = "auto",
     block_size: Annotated[int | None, _option("block_size")] = None,
     offset: Annotated[Literal["auto", "on", "off"], _option("offset")] = "auto",
+    centre: Annotated[Literal["auto", "on", "off"], _option("centre")] = "auto",
+    priors: Annotated[bool, _option("priors")] = True,
     matmul: Annotated[Literal["auto", "folded", "nbits"], _option("matmul")] = "auto",
     activation_bits: Annotated[int, _option("activation_bits")] = 8,
     activation_terms: Annotated[int, _option("activation_terms")] = 1,

@@ -70,6 +70,7 @@ class Allocation:
         size: bytes of the file.
         latency: from the table of latencies, or None.
         chosen: how many nodes each candidate was taken for.
+        options: the candidate of each unit of the table.
         trials: (size, measured) of every plan that was tried, in order.
         stated: where the sensitivities come from.
     """
@@ -80,6 +81,7 @@ class Allocation:
     size: int
     latency: float | None
     chosen: dict[str, int]
+    options: tuple[int, ...]
     trials: tuple[tuple[int, Measured], ...]
     stated: str
 

@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
-from onnxq.model import Model, get_metadata, graphs, load
+from onnxq.model import Model, get_metadata, graphs, is_constant, load
 from onnxq.passes import SelectNodes
 from onnxq.pipeline import canonicalize
 from onnxq.plan import NodePlan
@@ -117,7 +117,8 @@ def _quantized(model: Model) -> Iterable[QuantizedNode]:
 
 
 def _activations(basis: gs.Node) -> str:
-    if basis.op.endswith("Integer"):
-        return "dynamic"
     read = basis.inputs[0].inputs
+    if basis.op.endswith("Integer"):
+        known = bool(read) and read[0].op == "QuantizeLinear" and is_constant(read[0].inputs[1])
+        return "static" if known else "dynamic"
     return "static" if read and read[0].op == "DequantizeLinear" else "none"

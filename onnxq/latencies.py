@@ -139,10 +139,10 @@ def node_latencies(
     weights alone, also after onnxruntime's optimization, is timed once: of float compute hardly
     anything is left to time.
 
-    Activations that several nodes quantize together count for each of them, and so do changes of
-    layout that onnxruntime makes once for neighbours. If the nodes alone take longer than the
-    model, all are made shorter alike. Nodes in bodies of If, Loop and Scan and nodes that do not
-    run alone are taken to need the mean time per product.
+    Activations that several nodes quantize together, or take outlier columns out of, count for
+    each of them, and so do changes of layout that onnxruntime makes once for neighbours. If the
+    nodes alone take longer than the model, all are made shorter alike. Nodes in bodies of If, Loop
+    and Scan and nodes that do not run alone are taken to need the mean time per product.
 
     Args:
         model: canonical; only read.
@@ -191,8 +191,18 @@ def node_latencies(
 
 
 def _alone(table: Table, option: int, there: Sequence[int]) -> Plan:
-    """Every unit that can have it with one candidate."""
-    plan = Plan(nodes=[entry for unit in there for entry in table.entries[unit, option]])
+    """Every unit that can have it with one candidate.
+
+    Of outlier columns, the first ones: which they are makes no difference to the time, so that
+    nodes that differ in nothing else are timed once.
+    """
+    plan = Plan(
+        nodes=[
+            entry.model_copy(update={"outliers": tuple(range(len(entry.outliers)))})
+            for unit in there
+            for entry in table.entries[unit, option]
+        ]
+    )
     for unit in there:
         for entry in table.entries[unit, option]:
             if entry.quantized:

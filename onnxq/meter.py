@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
+from onnxq.flips import Distances, expected_flips
 from onnxq.kernels_ref import cosine
 
 Array = npt.NDArray[Any]
 
 _TINY = 1e-300
-_SUMS_TO_ONE = 1e-3
-_FAINT = 1e-6  # probabilities below it are all alike
-RUNNERS_UP = 4  # classes that may overtake the first
 
 
 class _Value(BaseModel):
@@ -39,14 +37,14 @@ class Measured(_Value):
 
     `energy` is Σ(difference²) / Σ(float²), `mae` Σ|difference| / Σ|float|, `angle` 1 − cosine,
     averaged over samples. For models whose first output is [samples, classes], `disagreement` is
-    the share of samples with another class, and `top1` by how much the accuracy falls, both 0 to 1.
+    the share of samples with another class, `changed` the share expected of samples like these, and
+    `top1` by how much the accuracy falls, all 0 to 1.
 
-    With labels, `top1` is counted. Without, it is expected: the float model's own probabilities
-    stand for labels (a change from a class of 0.5 to one of 0.4 costs 0.1), and each class close
-    behind the first overtakes it with the probability that normal noise of the size that
-    quantization puts on these differences makes up for its margin. That needs far fewer samples
-    than counting: half a point is one in 200. Where outputs are neither logits nor probabilities,
-    a changed class costs 1.
+    With labels, `top1` and `changed` are counted. Without, they are expected (see `flips`): the
+    float model's own probabilities stand for labels (a change from a class of 0.5 to one of 0.4
+    costs 0.1), and each class close behind the first overtakes it with the probability that normal
+    noise of the size that quantization puts on these differences makes up for its margin. Where
+    outputs are neither logits nor probabilities, changes are counted, and each costs 1.
     """
 
     samples: int
@@ -55,6 +53,7 @@ class Measured(_Value):
     angle: Estimate
     top1: Estimate | None = None
     disagreement: Estimate | None = None
+    changed: Estimate | None = None
 
     @property
     def relative_error(self) -> float:
@@ -97,15 +96,20 @@ class _Ratio:
 
 
 class Meter:
-    """Takes in the outputs of both models, sample by sample."""
+    """Takes in the outputs of both models, sample by sample.
 
-    def __init__(self) -> None:
+    Args:
+        beside: margins of further samples, whose quantized outputs are not known or say too little.
+    """
+
+    def __init__(self, beside: Sequence[Distances] = ()) -> None:
         self._feeds = 0
         self._outputs: dict[int, tuple[_Ratio, _Ratio, _Ratio]] = {}
         self._top1 = _Ratio()
         self._changed = _Ratio()
-        self._classifies = False
-        self._runners: list[_Runners | None] = []
+        self._classifies = self._counts = False
+        self._distances: list[Distances] = list(beside)
+        self._changes: list[Array] = []
 
     def add(self, wanted: Sequence[Any], got: Sequence[Any], label: Array | None = None) -> None:
         """One run: outputs of the float and of the quantized model, and classes [samples]."""
@@ -137,10 +141,16 @@ class Meter:
     def _add_classes(self, wanted: Array, got: Array, label: Array | None) -> None:
         own, other = np.argmax(wanted, axis=1), np.argmax(got, axis=1)
         self._changed.add(float(np.sum(own != other)), len(wanted))
+        found = Distances.of(wanted) if label is None else None
         if label is not None:
             self._top1.add(float(np.sum(own == label)) - float(np.sum(other == label)), len(wanted))
+        elif found is None:
+            self._top1.add(float(np.sum(own != other)), len(wanted))
+        if found is None:
+            self._counts = True
         else:
-            self._runners.append(_Runners.of(wanted, got))
+            self._distances.append(found)
+            self._changes.append(found.changes(wanted, got))
 
     def measured(self) -> Measured:
         """What was found so far; at least one output must have been added."""
@@ -148,69 +158,20 @@ class Meter:
             [r.estimate() for r in ratios] for ratios in zip(*self._outputs.values(), strict=True)
         ]
         energy, mae, angle = (max(c, key=lambda e: e.value) for c in columns)
-        return Measured(
-            samples=self._feeds,
-            energy=energy,
-            mae=mae,
-            angle=angle,
-            top1=self._top1_estimate() if self._classifies else None,
-            disagreement=self._changed.estimate() if self._classifies else None,
-        )
+        found = Measured(samples=self._feeds, energy=energy, mae=mae, angle=angle)
+        return found.model_copy(update=self._of_classes()) if self._classifies else found
 
-    def _top1_estimate(self) -> Estimate:
-        """Counted with labels, else expected."""
-        from scipy.special import ndtr  # noqa: PLC0415 - slow to import, for every command
-
-        if not self._runners:
-            return self._top1.estimate()
-        if any(part is None for part in self._runners):
-            return self._changed.estimate()
-        parts = [part for part in self._runners if part is not None]
-        differences = np.concatenate([part.differences for part in parts])
-        if not np.isfinite(differences).all():
-            return Estimate(value=float("inf"))
-        deviation = max(float(np.sqrt(np.mean(np.square(differences)))), _TINY)
-        expected = _Ratio()
-        for part in parts:
-            likely = ndtr(-part.margins / deviation)
-            cost = np.minimum(np.sum(likely * part.gaps, axis=1), part.gaps.max(axis=1))
-            expected.add(float(cost.sum()), len(cost))
-        return expected.estimate()
-
-
-class _Runners(NamedTuple):
-    """The classes that come after the first, float64 [samples, RUNNERS_UP] each.
-
-    Attributes:
-        margins: how far their logits lie below the first class's.
-        differences: what quantization adds to these margins.
-        gaps: how much less likely they are.
-    """
-
-    margins: Array
-    differences: Array
-    gaps: Array
-
-    @classmethod
-    def of(cls, wanted: Array, got: Array) -> _Runners | None:
-        """Of two outputs [samples, classes]; None where they are no logits or probabilities."""
-        logits = [np.nan_to_num(output.astype(np.float64)) for output in (wanted, got)]
-        if not np.isfinite(got).all():
-            logits[1] = np.full(got.shape, np.nan)
-        if logits[0].min() >= 0 and logits[0].max() <= 1 + _SUMS_TO_ONE:
-            if not np.allclose(logits[0].sum(axis=1), 1, atol=_SUMS_TO_ONE):
-                return None
-            logits = [np.log(np.maximum(output, _FAINT)) for output in logits]
-        order = np.argsort(-logits[0], axis=1, kind="stable")[:, : RUNNERS_UP + 1]
-        exact, found = (np.take_along_axis(output, order, axis=1) for output in logits)
-        likely = np.exp(exact - exact[:, :1])
-        likely /= np.exp(logits[0] - exact[:, :1]).sum(axis=1, keepdims=True)
-        margins = exact[:, :1] - exact[:, 1:]
-        return cls(
-            margins,
-            found[:, :1] - found[:, 1:] - margins,
-            likely[:, :1] - likely[:, 1:],
-        )
+    def _of_classes(self) -> dict[str, Estimate]:
+        counted = self._changed.estimate()
+        if self._counts:
+            return {"top1": self._top1.estimate(), "disagreement": counted, "changed": counted}
+        flips = expected_flips(self._distances, self._changes)
+        (lost, lost_spread), (changed, changed_spread) = flips.lost, flips.changed
+        return {
+            "top1": Estimate(value=lost, spread=lost_spread),
+            "disagreement": counted,
+            "changed": Estimate(value=changed, spread=changed_spread),
+        }
 
 
 def is_error_output(output: Any) -> bool:

@@ -10,6 +10,7 @@ from pydantic import ValidationError as Invalid
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
 from onnxq.passes import SelectNodes
+from onnxq.passes.choose_centre import ChooseCentre
 from onnxq.passes.search_ranges import RangeMethod
 from onnxq.plan import Activations, Layout, Target
 from onnxq.session import CASTS_INT4, CONVOLVES_INT8, FUSES_NBITS, runtime_version
@@ -92,7 +93,7 @@ class Options(BaseModel):
         default=8, ge=2, le=8, description="Bits of each activation term, 2 to 8."
     )
     activation_terms: int = Field(
-        default=1, ge=1, le=4, description="Terms per activation (with --activations dynamic)."
+        default=1, ge=1, le=4, description="Terms per activation (not with --activations none)."
     )
     products: Literal["all", "triangular"] | Annotated[int, Field(ge=1)] = Field(
         default="triangular",
@@ -103,6 +104,17 @@ class Options(BaseModel):
         default="auto",
         description="A constant per output channel beside the terms (with --activations none); "
         "auto: where every node gets the same bits.",
+    )
+    centre: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="A coarse term for the centre tap of kernels, with --weight-bits or --terms; "
+        "auto: where branches have been folded into it and it pays for its bytes (float compute, "
+        "without --calibration).",
+    )
+    priors: bool = Field(
+        default=True,
+        description="Without --calibration: round kernels for inputs that are alike at "
+        "neighbouring positions, and correct biases by what BatchNormalization tells.",
     )
     matmul: Literal["auto", "folded", "nbits"] = Field(
         default="auto",
@@ -231,14 +243,19 @@ class Options(BaseModel):
 
     def _consistent(self) -> None:
         self._consistent_goal()
-        if self.activation_terms > 1 and self.activations != "dynamic":
+        if self.activation_terms > 1 and self.activations == "none":
             raise ConfigError(
-                f"--activation-terms {self.activation_terms} needs --activations dynamic"
+                f"--activation-terms {self.activation_terms} needs --activations dynamic or static"
             )
         if self.offset == "on" and not self._can_offset:
             raise ConfigError(
                 "--offset on needs --activations none, the same bits in every node, one scale per "
                 "channel, and --series digit or auto"
+            )
+        if self.centre == "on" and (not self.uniform or self.activations == "static"):
+            raise ConfigError(
+                "--centre on needs the same bits in every node (--weight-bits or --terms), and "
+                "--activations none or dynamic"
             )
         if self.activations != "static" and "ranges" in self.model_fields_set:
             raise ConfigError("--ranges needs --activations static")
@@ -266,10 +283,11 @@ class Options(BaseModel):
             if getattr(self, option) is not None:
                 shown = option.replace("_", "-")
                 raise ConfigError(f"--{shown} beside {goal}: {goal} chooses it; leave one out")
-        if self.activations == "static":
+        if self.activations == "static" and (self.max_latency or self.minimize == "latency"):
+            option = "--max-latency" if self.max_latency else "--minimize latency"
             raise ConfigError(
-                f"{goal} with --activations static: give --weight-bits, or use --activations "
-                "dynamic or none"
+                f"{option} with --activations static: single nodes are not timed in static "
+                "compute; use --max-size, or --activations dynamic or none"
             )
 
     def _merges_as_integers(self) -> None:
@@ -303,6 +321,13 @@ class Options(BaseModel):
         # Weights that are rounded to nearest on samples get a clip instead.
         nearest = self.rounding == "nearest" or self.effort == "fast"
         return self._can_offset and not (calibrated and nearest)
+
+    def choose_centre(self, *, calibrated: bool) -> ChooseCentre | None:
+        """The pass that plans terms of the centre tap, if any."""
+        if self.centre == "on":
+            return ChooseCentre(always=True)
+        wanted = self.centre == "auto" and self.activations == "none" and not calibrated
+        return ChooseCentre() if wanted and self.uniform else None
 
     def refuse_without_samples(self) -> None:
         """Refuse what only calibration samples give a meaning to.

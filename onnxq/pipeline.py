@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 from onnxq.errors import ConfigError, ModelError
 from onnxq.model import Model, graphs, raise_opset
@@ -18,13 +20,17 @@ from onnxq.passes import (
     PassResult,
     SearchScales,
     SelectNodes,
+    SplitBatchNorm,
     SplitHardSwish,
     required_opset,
     signature,
     verify,
 )
+from onnxq.passes.channel_statistics import ChannelMoments, channel_statistics
+from onnxq.passes.choose_centre import ChooseCentre
 from onnxq.passes.weights import candidates
 from onnxq.plan import NodePlan, Plan
+from onnxq.without_data import complete as complete_without_data
 
 Progress = Callable[[str, int, int], None]
 Complete = Callable[[Model, Plan], tuple[Plan, tuple[str, ...]]]
@@ -41,13 +47,34 @@ class Rewritten:
     notes: tuple[str, ...] = ()
 
 
-def canonicalize(model: Model) -> dict[str, PassResult]:
+class Choose(Protocol):
+    """Chooses bits and terms; `finish` is what is done to a plan afterwards."""
+
+    def __call__(
+        self, model: Model, plan: Plan, finish: Callable[[Model, Plan], Plan] | None
+    ) -> tuple[Plan, tuple[str, ...]]:
+        """The plan, and notes for the user."""
+        ...
+
+
+def canonicalize(
+    model: Model, statistics: dict[str, ChannelMoments] | None = None
+) -> dict[str, PassResult]:
     """Run the exact float folds of PIPELINE, in place, verifying after each.
+
+    Args:
+        model: the float model.
+        statistics: gets what BatchNormalization tells about tensors, before it is folded.
 
     Raises:
         PassError: a pass broke the graph.
     """
-    return {type(pass_).__name__: apply(pass_, model) for pass_ in PIPELINE}
+    results = {}
+    for pass_ in PIPELINE:
+        if statistics is not None and isinstance(pass_, SplitBatchNorm):
+            statistics.update(channel_statistics(model))
+        results[type(pass_).__name__] = apply(pass_, model)
+    return results
 
 
 def unfolded(passes: Mapping[str, PassResult], model: Model) -> dict[str, str]:
@@ -83,7 +110,9 @@ def rewrite(
     progress: Progress,
     *,
     equalize: bool = False,
-    choose: Complete | None = None,
+    centre: ChooseCentre | None = None,
+    choose: Choose | None = None,
+    priors: bool = False,
     complete: Sequence[Complete] = (),
 ) -> Rewritten:
     """Canonicalize, plan (or take the given plan) and expand. `model` is used up.
@@ -94,7 +123,9 @@ def rewrite(
         plan: what to do instead of planning.
         progress: called with (what, done, total).
         equalize: even out the channels of neighbouring layers before planning.
+        centre: chooses selected nodes whose centre tap gets a term of its own.
         choose: chooses bits and terms of the selected nodes.
+        priors: round and correct what planning has no numbers for; see `without_data`.
         complete: what fills in a plan that has scales, by running the canonical model.
 
     Raises:
@@ -102,9 +133,11 @@ def rewrite(
         ConfigError: the plan was made for another model, its scales do not fit, or a glob matches
             nothing.
     """
-    passes = canonicalize(model)
+    statistics: dict[str, ChannelMoments] = {}
+    passes = canonicalize(model, statistics if priors else None)
     if equalize or (plan is not None and plan.equalized):
         passes["Equalize"] = apply(Equalize(), model)
+        statistics.clear()  # its tensors have other values now
     if select.activations == "static" if plan is None else _is_static(plan):
         passes["SplitHardSwish"] = apply(SplitHardSwish(), model)
     left = unfolded(passes, model)
@@ -113,11 +146,21 @@ def rewrite(
         chosen = chosen.model_copy(update={"equalized": True})
     if not chosen.quantized:
         raise _nothing_to_do(chosen)
+    if plan is None and centre is not None:
+        chosen = centre(model, chosen)
+    given = set() if plan is None else set(plan.scales)
     notes: tuple[str, ...] = ()
     if plan is None and choose is not None:
-        chosen, notes = choose(model, chosen)
+        finish = partial(_with_priors, statistics) if priors else None
+        chosen, notes = choose(model, chosen, finish)
+        if finish is not None:  # found once more below, with a note
+            chosen = chosen.model_copy(update={"integers": {}, "bias": {}})
     found_before = set(chosen.scales)
     chosen = SearchScales(progress)(model, chosen)
+    if priors and not _is_static(chosen):
+        names = set(chosen.scales) - given
+        chosen, more = complete_without_data(model, chosen, statistics, names)
+        notes += more
     for step in complete:
         chosen, more = step(model, chosen)
         notes += more
@@ -154,3 +197,7 @@ def _nothing_to_do(plan: Plan) -> ModelError | ConfigError:
         f"nothing to quantize: all {len(plan.nodes)} candidate nodes are left alone: "
         f"{reasons[0]}{more}; see `onnxq inspect`"
     )
+
+
+def _with_priors(statistics: Mapping[str, ChannelMoments], model: Model, plan: Plan) -> Plan:
+    return complete_without_data(model, SearchScales()(model, plan), statistics)[0]

@@ -247,15 +247,14 @@ def _nothing(terms: int, than: str, done: str) -> str:
 
 
 def _lost_corrections(embedded: EmbeddedPlan, terms: int) -> list[str]:
-    """What a calibrated bias made up for is smaller where there are more terms; not elsewhere."""
+    """What a corrected bias made up for is smaller where there are more terms; not elsewhere."""
     full = [n.name for n in embedded.plan.nodes if n.terms >= terms]
     lost = [name for name in full if name in embedded.corrected]
     if not lost:
         return []
     return [
         f"{len(lost)} nodes that had {terms} terms before (first: {lost[0]!r}) lose the bias "
-        "correction of their calibration: quantize the float model again with --calibration if "
-        "that matters"
+        "correction of their planning: quantize the float model again if that matters"
     ]
 
 

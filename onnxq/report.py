@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from onnxq.comparison import Comparison
+from onnxq.passes.stored_scales import scale_bits
 from onnxq.passes.stored_terms import stored_bits
 from onnxq.pipeline import Rewritten
 from onnxq.plan import NodePlan, Plan
@@ -113,6 +114,7 @@ def weight_bits(plan: Plan) -> float:
         if node.reason is not None:
             bits += FLOAT_BITS * count
             continue
-        scales = sum(np.size(scale) for scale in plan.scales.get(node.name, ()))
-        bits += node.terms * stored_bits(node.bits) * count + FLOAT_BITS * scales
+        bits += node.terms * stored_bits(node.bits) * count
+        if node.name in plan.scales:
+            bits += scale_bits(node, plan.scales[node.name])
     return bits / parameters if parameters else 0.0

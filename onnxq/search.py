@@ -15,6 +15,7 @@ from onnxq.goal import Allocation, Goal, Infeasible
 from onnxq.knapsack import Limit, choose, total
 from onnxq.meter import Measured
 from onnxq.model import Model
+from onnxq.next_budget import next_budget
 from onnxq.plan import Plan
 from onnxq.sensitivity import Table
 from onnxq.tolerance import Tolerance
@@ -28,10 +29,9 @@ TRIALS = 8
 # Standard errors above the mean at which the tolerance must still be kept: what comes out on
 # other samples is above the mean of these half of the time.
 DEVIATIONS = 1.0
-_ENOUGH = 0.8  # share of the tolerance that is not worth looking for a smaller plan
-_AIM = 0.9  # share of the tolerance that is aimed at
+_ENOUGH = 0.88  # share of the tolerance that is not worth looking for a smaller plan
 _CLOSE = 1.05  # budgets nearer than this are not worth another trial
-_STEP = 30.0  # largest change of the budget from one trial to the next
+_PRODUCT = 0.25  # bytes that a product per weight counts for where the size is made small
 _TIE = 1e-3  # how much of the latency all bytes of the float model count for
 
 
@@ -62,31 +62,37 @@ class Search:
     progress: Progress | None = None
     tried: dict[tuple[int, ...], _Tried] = field(default_factory=dict)
 
-    def least_cost(self) -> Allocation:
-        """The smallest or fastest plan that keeps the tolerance."""
+    def least_cost(self, start: float | None = None, *, loosen: bool = True) -> Allocation:
+        """The smallest or fastest plan that keeps the tolerance.
+
+        `start` is the first budget. Without `loosen` the plan for it is taken if it keeps the
+        tolerance, though a smaller one might, too.
+        """
         tolerance = self._tolerance()
         kept: _Tried | None = None
-        budget = tolerance.limit ** (1 / tolerance.power)
+        budget = start or tolerance.limit ** (1 / tolerance.power)
         low, high = 0.0, float("inf")  # budgets known to keep it, and not to
+        known: dict[float, float] = {}  # predicted error -> loss
         while len(self.tried) < self.most_trials:
             before = len(self.tried)
             tried = self._try(self._cheapest(budget))
             loss = tolerance.loss(self._known(tried)).upper(DEVIATIONS)
+            known[tried.predicted or budget] = loss
             if loss <= tolerance.limit:
                 if self._fast_enough(tried) and (
                     kept is None or self._cost(tried.chosen) <= self._cost(kept.chosen)
                 ):
                     kept = tried
                 low = max(low, budget)
-                enough = loss >= _ENOUGH * tolerance.limit
+                enough = loss >= _ENOUGH * tolerance.limit or not (loosen or before)
                 if enough or tried.chosen == self._cheapest(float("inf")):
                     break
             else:
                 high = min(high, tried.predicted, budget)
-                if tried.chosen == self._finest():
+                if tried.chosen in (self._finest(), self._closest()):
                     break
             known_before = len(self.tried) == before
-            budget = _next(tried.predicted or budget, loss, tolerance, (low, high))
+            budget = next_budget(known, tolerance, (low, high))
             if (low and high / low < _CLOSE) or (known_before and low and high < float("inf")):
                 break
         if kept is None:
@@ -188,7 +194,13 @@ class Search:
         return self.goal.tolerance
 
     def _costs(self) -> Array:
-        return self._by_latency() if self.goal.minimize == "latency" else self.table.bytes
+        """What is made small; of nearly equal sizes the faster wins.
+
+        Terms of activations take no bytes to speak of, but time.
+        """
+        if self.goal.minimize == "latency":
+            return self._by_latency()
+        return self.table.bytes + _PRODUCT * self.table.products
 
     def _by_latency(self) -> Array:
         """Latencies, with so little of the bytes that of equally fast choices the smaller wins.
@@ -213,7 +225,13 @@ class Search:
     def _cheapest(self, budget: float) -> tuple[int, ...]:
         error = self.table.error
         within = [] if np.isinf(budget) else [Limit(error, budget)]
-        return choose(self._costs(), [*within, *self._limits(self._rest())]) or self._finest()
+        limits = self._limits(self._rest())
+        return choose(self._costs(), [*within, *limits]) or self._closest()
+
+    def _closest(self) -> tuple[int, ...]:
+        """The most exact within the bounds, or of all that stay quantized."""
+        limits = self._limits(self._rest())
+        return (choose(self.table.error, limits) if limits else None) or self._finest()
 
     def _most_exact(self, rest: float) -> tuple[int, ...] | None:
         return choose(self.table.error, self._limits(rest))
@@ -284,25 +302,10 @@ class Search:
             size=found.size,
             latency=None if self.latency is None else total(self.latency, found.chosen),
             chosen=dict(Counter(names).most_common()),
+            options=found.chosen,
             trials=tuple((t.size, t.measured) for t in self.tried.values() if t.measured),
             stated=self.table.stated,
         )
-
-
-def _next(
-    predicted: float, loss: float, tolerance: Tolerance, bracket: tuple[float, float]
-) -> float:
-    """The budget to try next: what the last trial tells, or the middle where that is outside."""
-    low, high = bracket
-    factor = _STEP if loss <= 0 else (_AIM * tolerance.limit / loss) ** (1 / tolerance.power)
-    if not np.isfinite(loss):
-        factor = 1 / _STEP
-    wanted = predicted * float(np.clip(factor, 1 / _STEP, _STEP))
-    if low < wanted < high:
-        return wanted
-    if low == 0:
-        return min(wanted, high / 2)
-    return float(np.sqrt(low * high)) if np.isfinite(high) else max(wanted, low * 1.5)
 
 
 def _argmin(values: Array) -> tuple[int, ...]:

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from onnxq.candidates import FLOAT_BYTES, Candidate, Unit, applicable, products, stored_bytes, units
+from onnxq.candidates import FLOAT_BYTES, Candidate, Unit
+from onnxq.costs import Costs
 from onnxq.feeds import Feed
-from onnxq.kernels_ref import series_scales
-from onnxq.meter import is_error_output
 from onnxq.model import Model
-from onnxq.passes.probe import open_weights
-from onnxq.passes.search_scales import node_series
+from onnxq.outliers import Outliers
 from onnxq.plan import NodePlan, Plan
-from onnxq.session import open_session, run
+from onnxq.probing import Probe
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
 
 SAMPLES = 8
-# Relative error of a weight from which on the output's error is proportional to it: finer
-# candidates of a node are scaled from its first one below. (Σ of both squares, in energy.)
+# Relative error of a weight, or of the output due to an activation, from which on the output's
+# error is proportional to what is rounded: finer candidates of a node are scaled from its first one
+# below. (Σ of both squares, in energy.)
 LINEAR = 0.02
 
 
@@ -42,6 +40,8 @@ class Table:
         entries: the entries of a unit with a candidate.
         scales: their scales, one array per term.
         stated: where `error` comes from.
+        activation_error: the part of `error` that is due to quantized activations; 0 where they
+            are not modelled.
     """
 
     units: Sequence[Unit]
@@ -52,6 +52,18 @@ class Table:
     entries: Mapping[tuple[int, int], tuple[NodePlan, ...]]
     scales: Mapping[tuple[int, int], tuple[Array, ...]] = field(repr=False)
     stated: str = "measured"
+    activation_error: Array | float = 0.0
+
+    @property
+    def weight_error(self) -> Array:
+        """The part of `error` that is due to the weights, float64 [units, candidates]."""
+        there = np.isfinite(self.error)
+        left = np.where(there, self.error, 0.0) - np.where(there, self.activation_error, 0.0)
+        return np.where(there, left, np.inf)
+
+    def with_weight_error(self, weight_error: Array) -> Table:
+        """The table with another error of the weights, e.g. after rounding to data."""
+        return replace(self, error=weight_error + self.activation_error)
 
     def with_overhead(self, plan: Plan, size: Callable[[Plan], int], rest: int) -> Table:
         """The table with what names and nodes really take in the file, for each candidate.
@@ -102,16 +114,18 @@ def estimate(model: Model, plan: Plan, candidates: Sequence[Candidate]) -> Table
     """The table from the weights alone: the relative energy of the weight's own error.
 
     It states how much error a node puts on its own output where inputs are uncorrelated, and takes
-    the rest of the model to pass errors on as it passes on signals.
+    the rest of the model to pass errors on as it passes on signals. Of activations weights say
+    nothing (their outliers least of all), so candidates that change them are left out.
 
     Raises:
         ConfigError: the plan was made for another model.
     """
-    table = _Costs(model, plan, candidates)
+    table = Costs(model, plan, [one for one in candidates if not one.reads])
     error = np.full(table.shape, np.inf)
-    for unit, option, _, energy in table.weights():
-        error[unit, option] = energy
-    return table.table(error, "estimated from the weights")
+    for unit in range(len(table.units)):
+        for options, _, energy in table.weights(unit):
+            error[unit, options] = energy
+    return _table(table, error, 0.0, "estimated from the weights")
 
 
 def measure(
@@ -124,14 +138,17 @@ def measure(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Table:
-    """The table from runs in which one unit's weight is a candidate's, the others float.
+    """The table from runs in which one unit is changed, the others float.
 
-    Only weights are changed: that activations are quantized, too, shows when the whole model is
-    measured.
+    A unit's weight and its activation are changed one after the other, and their error energies
+    added: their roundings know nothing of each other. So each weight and each way to quantize the
+    activation is run once, not each pair. Only dynamic activations are looked at: those of static
+    compute have no ranges yet, and show when the whole model is measured.
 
     Args:
         model: canonical; only read.
-        plan: entries as selected; those that are not quantized stay so.
+        plan: entries as selected; those that are not quantized stay so. Outlier columns are looked
+            for where candidates may have them.
         candidates: what each unit may be.
         feeds: at least one.
         samples: how many of the feeds are run.
@@ -143,138 +160,77 @@ def measure(
         ModelError: what the model holds beside the planned weights passes 2 GiB.
         ValidationError: the model does not load or run.
     """
-    table = _Costs(model, plan, candidates)
-    probe = _Probe(model, plan, list(islice(feeds, samples)), threads)
-    error = np.full(table.shape, np.inf)
-    anchors: dict[int, tuple[float, float]] = {}  # unit -> energy of (weight error, output error)
-    for unit, option, weight, energy in table.weights(coarse_first=True):
-        if progress is not None and unit not in anchors:
+    kept = list(islice(feeds, samples))
+    columns = max((one.columns for one in candidates), default=0)
+    if columns:
+        plan, _ = Outliers(kept, columns)(model, plan)
+    table = Costs(model, plan, candidates)
+    probe = Probe(model, plan, table.switched(), kept, threads)
+    of_weights, of_activations = np.full((2, *table.shape), np.inf)
+    for unit in range(len(table.units)):
+        if progress is not None:
             progress("sensitivity", unit, table.shape[0])
-        if energy == 0:
-            error[unit, option] = 0.0
-        elif unit in anchors:
-            of_weight, of_output = anchors[unit]
-            error[unit, option] = of_output * energy / of_weight
-        else:
-            names = [entry.name for entry in table.units[unit].entries]
-            error[unit, option] = probe.error(names, weight())
-            if energy <= LINEAR**2 and np.isfinite(error[unit, option]):
-                anchors[unit] = energy, error[unit, option]
+        for options, error in _weight_errors(table, probe, unit):
+            of_weights[unit, options] = error
+        for options, error in _activation_errors(table, probe, unit):
+            dropped = [table.dropped(unit, option) for option in options]
+            of_activations[unit, options] = error * (1 + np.array(dropped))
     if progress is not None:
         progress("sensitivity", table.shape[0], table.shape[0])
-    return table.table(error, f"measured on {len(probe)} samples")
+    stated = f"measured on {len(kept)} samples"
+    return _table(table, of_weights + of_activations, of_activations, stated)
+
+
+def _weight_errors(table: Costs, probe: Probe, unit: int) -> Iterator[tuple[list[int], float]]:
+    """Of each weight that the unit may have: the options with it, and the output's error energy."""
+    names = [entry.name for entry in table.units[unit].entries]
+    anchor: tuple[float, float] | None = None  # energy of (weight error, output error)
+    for options, weight, energy in table.weights(unit):
+        if energy == 0:
+            error = 0.0
+        elif anchor is not None:
+            error = anchor[1] * energy / anchor[0]
+        else:
+            error = probe.weight_error(names, weight)
+            if energy <= LINEAR**2 and np.isfinite(error):
+                anchor = energy, error
+        yield options, error
+
+
+def _activation_errors(table: Costs, probe: Probe, unit: int) -> Iterator[tuple[list[int], float]]:
+    """The same of each way to read the activation.
+
+    What a series leaves is uniform over one step of its last term, so that with the same columns
+    the error energy goes with the step's square.
+    """
+    yield table.exact_activations(unit), 0.0
+    anchors: dict[tuple[object, ...], tuple[float, float]] = {}  # (step, output error)
+    for index, (modes, options) in enumerate(table.modes[unit].items()):
+        step = max(mode.step for mode in modes if mode is not None)
+        columns = tuple(None if mode is None else mode.columns for mode in modes)
+        anchor = anchors.get(columns)
+        if anchor is not None and step <= anchor[0]:
+            yield options, anchor[1] * (step / anchor[0]) ** 2
+            continue
+        error = probe.activation_error(unit, index)
+        if error <= LINEAR**2:
+            anchors[columns] = step, error
+        yield options, error
 
 
 def _left(entry: NodePlan) -> NodePlan:
     return entry.model_copy(update={"reason": "left in float"})
 
 
-class _Costs:
-    """What a table holds beside the errors, and the weights to find those with."""
-
-    def __init__(self, model: Model, plan: Plan, candidates: Sequence[Candidate]) -> None:
-        self.units = units(model, plan)
-        self.candidates = tuple(candidates)
-        self.shape = (len(self.units), len(self.candidates))
-        self.entries: dict[tuple[int, int], tuple[NodePlan, ...]] = {}
-        self.scales: dict[tuple[int, int], tuple[Array, ...]] = {}
-        self._bytes = np.full(self.shape, np.inf)
-        self._products = np.full(self.shape, np.inf)
-        for unit, what in enumerate(self.units):
-            for option, entries in applicable(what, self.candidates):
-                self.entries[unit, option] = entries
-                self._bytes[unit, option] = stored_bytes(entries[0], what.weight)
-                self._products[unit, option] = sum(products(e, what.weight) for e in entries)
-
-    def weights(
-        self, *, coarse_first: bool = False
-    ) -> Iterator[tuple[int, int, Callable[[], Array], float]]:
-        """Of each unit and candidate: (unit, option, weight, relative energy of its error).
-
-        The weight, of the stored shape, is given by a call. The scales are kept.
-        """
-        for unit, what in enumerate(self.units):
-            exact = what.weight.matrix()
-            signal = float(np.sum(np.square(exact, dtype=np.float64)))
-            found: list[tuple[int, Array, float]] = []
-            for option in range(len(self.candidates)):
-                entries = self.entries.get((unit, option))
-                if entries is None:
-                    continue
-                made = self._dequantized(unit, option, entries[0], exact)
-                noise = float(np.sum(np.square(made - exact, dtype=np.float64)))
-                found.append((option, made, noise / signal if signal else 0.0))
-            if coarse_first:
-                found.sort(key=lambda one: -one[2])
-            for option, made, energy in found:
-                yield unit, option, partial(_stored, what, made), energy
-
-    def _dequantized(self, unit: int, option: int, entry: NodePlan, exact: Array) -> Array:
-        if not entry.quantized:
-            return exact
-        self.scales[unit, option] = series_scales(
-            entry.series,
-            exact,
-            bits=entry.bits,
-            terms=entry.terms,
-            granularity=entry.matrix_granularity(),
-        )
-        known = Plan(nodes=[entry])
-        known.scales[entry.name] = self.scales[unit, option]
-        return node_series(self.units[unit].weight, entry, known).dequantize()
-
-    def table(self, error: Array, stated: str) -> Table:
-        return Table(
-            self.units,
-            self.candidates,
-            error,
-            self._bytes,
-            self._products,
-            self.entries,
-            self.scales,
-            stated,
-        )
-
-
-def _stored(unit: Unit, matrix: Array) -> Array:
-    turned = unit.weight.from_matrix(matrix).reshape(unit.weight.shape)
-    return np.ascontiguousarray(turned, np.float32)
-
-
-class _Probe:
-    """The float model in a session whose planned weights are fed."""
-
-    def __init__(
-        self, model: Model, plan: Plan, feeds: Sequence[Feed], threads: int | None
-    ) -> None:
-        opened = open_weights(model, plan)
-        self._inputs = opened.inputs
-        self._session = open_session(opened.proto.SerializeToString(), threads=threads)
-        exact = {
-            opened.inputs[name]: weight.from_matrix(weight.matrix()).reshape(weight.shape)
-            for name, weight in opened.weights.items()
-        }
-        self._feeds = [{**exact, **feed} for feed in feeds]
-        self._wanted = [run(self._session, feed) for feed in self._feeds]
-
-    def __len__(self) -> int:
-        return len(self._feeds)
-
-    def error(self, names: Sequence[str], weight: Array) -> float:
-        """Energy of the worst output's error, relative to the output's own, inf if not finite."""
-        changed = {self._inputs[name]: weight for name in names}
-        noise: dict[int, float] = {}
-        signal: dict[int, float] = {}
-        for feed, wanted in zip(self._feeds, self._wanted, strict=True):
-            got = run(self._session, {**feed, **changed})
-            for i, (w, g) in enumerate(zip(wanted, got, strict=True)):
-                if not is_error_output(w):
-                    continue
-                finite = np.isfinite(w)
-                exact = w[finite].astype(np.float64)
-                difference = g[finite].astype(np.float64) - exact
-                noise[i] = noise.get(i, 0.0) + float(difference @ difference)
-                signal[i] = signal.get(i, 0.0) + float(exact @ exact)
-        energies = [noise[i] / signal[i] for i in noise if signal[i] > 0]
-        worst = max(energies, default=0.0)
-        return worst if np.isfinite(worst) else float("inf")
+def _table(costs: Costs, error: Array, activation_error: Array | float, stated: str) -> Table:
+    return Table(
+        costs.units,
+        costs.candidates,
+        error,
+        costs.bytes,
+        costs.products,
+        costs.entries,
+        costs.scales,
+        stated,
+        activation_error,
+    )

@@ -27,7 +27,7 @@ class _Rule(NamedTuple):
 
 _RULES: dict[str, _Rule] = {
     "top1": _Rule("pt", "top1=0.5pt", lambda x: x / 100, lambda m: m.top1, 1.0),
-    "agreement": _Rule("%", "agreement=99%", lambda x: 1 - x / 100, lambda m: m.disagreement, 0.5),
+    "agreement": _Rule("%", "agreement=99%", lambda x: 1 - x / 100, lambda m: m.changed, 0.5),
     "sqnr": _Rule("db", "sqnr=30dB", lambda x: 10 ** (-x / 10), lambda m: m.energy, 1.0),
     "mae": _Rule("%", "mae=1%", lambda x: x / 100, lambda m: m.mae, 0.5),
     "cosine": _Rule("", "cosine=0.999", lambda x: 1 - x, lambda m: m.angle, 1.0),
@@ -39,7 +39,7 @@ class Tolerance(BaseModel):
     """A bound on one measure of the error, kept if the worst output keeps it.
 
     top1       points by which the accuracy may fall (see `Measured.top1`)
-    agreement  percent of samples that must keep their class
+    agreement  percent of samples that must keep their class (see `Measured.changed`)
     sqnr       dB of signal to quantization noise
     mae        mean |difference|, in percent of mean |float output|
     cosine     of float and quantized output, averaged over samples

@@ -15,10 +15,11 @@ import onnxruntime as ort
 from onnxq.candidates import FLOAT_BYTES
 from onnxq.feeds import Feed
 from onnxq.files import model_bytes
-from onnxq.meter import Measured, Meter
+from onnxq.flips import Distances
+from onnxq.meter import Measured, Meter, is_classifier
 from onnxq.model import Model, load, raise_opset, save, to_proto
 from onnxq.model.export import export
-from onnxq.passes import Expand, SearchScales, required_opset
+from onnxq.passes import Expand, InsertQDQ, SearchScales, required_opset
 from onnxq.plan import Plan
 from onnxq.sensitivity import Table
 from onnxq.session import open_session, run
@@ -37,10 +38,18 @@ class Trial:
         model: the canonical float model; only read.
         feeds: samples, gone through once per plan.
         threads: of onnxruntime.
+        beside: further samples, of which only the float outputs are looked at: how far a
+            classifier's classes lie apart (see `flips`).
     """
 
-    def __init__(self, model: Model, feeds: Iterable[Feed], threads: int | None = None) -> None:
-        self._feeds, self.threads = feeds, threads
+    def __init__(
+        self,
+        model: Model,
+        feeds: Iterable[Feed],
+        threads: int | None = None,
+        beside: Iterable[Feed] = (),
+    ) -> None:
+        self._feeds, self.threads, self._beside = feeds, threads, beside
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._source = self._written(model, "float.onnx")
         self.float_bytes = _size(self._source)
@@ -51,6 +60,18 @@ class Trial:
     def reference(self) -> ort.InferenceSession:
         """The float model, opened when first asked for: an estimate runs nothing."""
         return open_session(self._source, threads=self.threads)
+
+    @cached_property
+    def _distances(self) -> tuple[Distances, ...]:
+        found = []
+        for feed in self._beside:
+            first = run(self.reference, feed)[0]
+            classes = isinstance(first, np.ndarray) and is_classifier(first)
+            distances = Distances.of(first) if classes else None
+            if distances is None:
+                return ()
+            found.append(distances)
+        return tuple(found)
 
     def __enter__(self) -> Trial:
         return self
@@ -70,6 +91,8 @@ class Trial:
         done = SearchScales()(model, plan)
         model = raise_opset(model, required_opset(done))
         Expand(done)(model)
+        if any(node.activations == "static" for node in done.quantized):
+            InsertQDQ(done)(model)
         return self._written(model, "tried.onnx")
 
     def __call__(self, plan: Plan) -> tuple[Measured, int]:
@@ -96,7 +119,7 @@ class Trial:
     def measure(self, written: bytes | Path) -> Measured:
         """A model that was written, beside the float one."""
         actual = open_session(written, threads=self.threads)
-        meter = Meter()
+        meter = Meter(self._distances)
         for feed, wanted in self._pairs():
             meter.add(wanted, run(actual, feed))
         return meter.measured()

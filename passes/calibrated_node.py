@@ -26,6 +26,7 @@ from onnxq.kernels_ref import (
 from onnxq.kernels_ref.offset import spanning_scales
 from onnxq.passes.node_samples import NodeSamples, Numbers
 from onnxq.passes.rounded_clip import search_rounded_clip
+from onnxq.passes.stored_scales import storable
 from onnxq.plan import NodePlan
 
 Array = npt.NDArray[Any]
@@ -244,7 +245,7 @@ def _unclipped(target: Array, entry: NodePlan) -> tuple[Array, ...]:
         terms=entry.terms,
         granularity=entry.matrix_granularity(),
     )
-    return tuple(_positive(scale) for scale in found)
+    return storable([_positive(scale) for scale in found], entry)
 
 
 def _rounded_at_last(
@@ -306,18 +307,17 @@ def _clipped(
                 samples=judge,
             )
         )
-    return Grid(
-        search_clip(
-            target,
-            scales,
-            bits=entry.bits,
-            kind=entry.series,
-            block_size=entry.block_size,
-            measure=settings.measure,
-            hessian=hessian,
-            samples=judge,
-        )
+    found = search_clip(
+        target,
+        scales,
+        bits=entry.bits,
+        kind=entry.series,
+        block_size=entry.block_size,
+        measure=settings.measure,
+        hessian=hessian,
+        samples=judge,
     )
+    return Grid(storable(found, entry))
 
 
 def _rounded(

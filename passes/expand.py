@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -16,7 +16,7 @@ from onnxq.passes.edit import Builder, Names
 from onnxq.passes.lower_dynamic import dynamic_pair, lower_dynamic
 from onnxq.passes.lower_float import lower_float
 from onnxq.passes.lower_nbits import lower_nbits
-from onnxq.passes.lower_static import lower_static
+from onnxq.passes.lower_static import StaticQuantizer, is_parallel, lower_static
 from onnxq.passes.quantize_activations import ActivationQuantizer
 from onnxq.passes.search_scales import Progress, match_plan, no_progress, node_series
 from onnxq.passes.site import Site
@@ -51,6 +51,21 @@ def _required_opset(node: NodePlan, *, partial: bool) -> int:
     return 10 if node.block_size else 7
 
 
+@dataclass(eq=False)
+class _OfGraph:
+    """What the nodes of one graph share."""
+
+    static: StaticQuantizer
+    dynamic: ActivationQuantizer = field(default_factory=ActivationQuantizer)
+    scalars: dict[str, Any] = field(default_factory=dict)
+
+
+def _has_products(entry: NodePlan) -> bool:
+    """Whether a node becomes ConvInteger or MatMulInteger."""
+    static = entry.activations == "static" and is_parallel(entry)
+    return static or entry.activations == "dynamic"
+
+
 @dataclass(frozen=True)
 class Expand:
     """Decompose each planned node into basis nodes summed by Add nodes.
@@ -71,20 +86,20 @@ class Expand:
         sites = match_plan(model, self.plan)
         names = Names(model)
         stored: dict[tuple[object, ...], StoredTerms] = {}
-        made: dict[int, tuple[ActivationQuantizer, dict[str, Any]]] = {}  # per graph
+        made: dict[int, _OfGraph] = {}
         for done, (entry, (candidate, weight)) in enumerate(sites):
             self.progress("expanding", done, len(sites))
             graph, node = candidate.graph, candidate.node
-            quantizer, scalars = made.setdefault(id(graph), (ActivationQuantizer(), {}))
+            of_graph = made.setdefault(id(graph), _OfGraph(StaticQuantizer(self.plan.ranges)))
             terms = self._stored(stored, weight, entry)
-            builder = Builder(graph, node, names, "expand", scalars)
+            builder = Builder(graph, node, names, "expand", of_graph.scalars)
             if entry.name in self.plan.bias:
                 self._correct(model, node, builder, weight, entry.name)
             site = Site(graph, node, terms, entry, builder)
             if entry.activations == "dynamic":
-                lower_dynamic(site, quantizer)
+                lower_dynamic(site, of_graph.dynamic)
             elif entry.activations == "static":
-                lower_static(site, self.plan.ranges)
+                lower_static(site, self.plan.ranges, of_graph.static)
             elif entry.form == "nbits":
                 lower_nbits(site)
             else:
@@ -122,7 +137,7 @@ class Expand:
             weight.out_axes,
             entry.op_type,  # ConvInteger and MatMulInteger take other integer types
             entry.activations,
-            str(dynamic_pair(entry)) if entry.activations == "dynamic" else entry.target,
+            str(dynamic_pair(entry)) if _has_products(entry) else entry.target,
             entry.layout,
             entry.packing,
             entry.scales_key(),

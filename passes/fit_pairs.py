@@ -60,7 +60,7 @@ def needs_pairs(entry: NodePlan) -> bool:
     return (
         entry.activations == "static"
         and entry.target == "cpu-avx2"
-        and entry.terms == 1
+        and entry.terms == entry.activation_terms == 1
         and entry.bits == FULL_BITS
     )
 

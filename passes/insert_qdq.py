@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import activation_params
-from onnxq.model import Model, get_metadata, values
+from onnxq.model import Model, get_metadata, is_constant, values
 from onnxq.passes.base import PassResult
 from onnxq.passes.edit import (
     Builder,
@@ -23,6 +23,7 @@ from onnxq.passes.edit import (
 from onnxq.passes.forms import type_pair
 from onnxq.passes.integer_ops import activation_bounds, data_inputs, hard_sigmoid, integer_op
 from onnxq.passes.lower_static import input_scale, static_bias
+from onnxq.passes.quantize_activations import REST
 from onnxq.passes.ranks import tensor_shapes
 from onnxq.passes.static_matmul import bias_add, bias_of, is_gemm
 from onnxq.plan import Plan
@@ -75,8 +76,10 @@ class _Insertion:
 
     def run(self) -> PassResult:
         self._join_biases()
+        split = {get_metadata(node).get(REST) for node in self.graph.nodes}
+        chosen = {id(t) for name, t in self._tensors().items() if name not in split}
         for tensor in list(self._tensors().values()):
-            self._absorb(tensor)
+            self._absorb(tensor, chosen)
         tensors = self._tensors()
         missing = [name for name in self.plan.ranges if name not in tensors]
         if missing:
@@ -85,7 +88,6 @@ class _Insertion:
                 "the plan again with --calibration"
             )
         # Decided before any pair is there, since pairs change what a node reads.
-        chosen = {id(tensors[name]) for name in self.plan.ranges}
         integer = {id(n): n for n in self.graph.nodes if self._is_integer(n, chosen)}
         for tensor in list(tensors.values()):  # in graph order
             self._insert(tensor, integer)
@@ -160,8 +162,12 @@ class _Insertion:
 
     # ---------------------------------------------------------------- Relu and Clip
 
-    def _absorb(self, tensor: Any) -> None:
-        """Let what is before a Relu or Clip write its output, if saturation does the same."""
+    def _absorb(self, tensor: Any, chosen: set[int]) -> None:
+        """Let what is before a Relu or Clip write its output, if saturation does the same.
+
+        It does for an integer kernel, whose output all read quantized; and behind a float node
+        where all that read it quantize it.
+        """
         node = tensor.inputs[0] if tensor.inputs else None
         bounds = None if node is None else activation_bounds(node)
         if node is None or bounds is None or not self._saturates(tensor.name, bounds):
@@ -172,10 +178,26 @@ class _Insertion:
         if len(consumers(before)) != 1 or is_graph_output(self.model, before):
             return
         producer = before.inputs[0]
+        written = self._is_integer(producer, chosen | {id(before)})
+        if not written and not self._all_quantize(tensor, chosen):
+            return
         slot = next(i for i, t in enumerate(producer.outputs) if t is before)
         self.rewritten.append(node.name)
         remove_node(self.graph, node)
         producer.outputs[slot] = tensor
+
+    def _all_quantize(self, tensor: Any, chosen: set[int]) -> bool:
+        """Whether nothing reads the float values of a tensor that a float node writes."""
+        return not is_graph_output(self.model, tensor) and all(
+            self._quantizes(node, tensor) or self._is_integer(node, chosen)
+            for node in consumers(tensor)
+        )
+
+    def _quantizes(self, node: gs.Node, tensor: Any) -> bool:
+        """Whether a node brings a tensor to 8 bits with the scale of its range."""
+        if node.op != "QuantizeLinear" or not is_constant(node.inputs[1]):
+            return False
+        return bool(values(node.inputs[1]) == self._params(tensor.name)[0])
 
     def _saturates(self, name: str, bounds: tuple[float, float]) -> bool:
         """Whether the quantized range lies within the bounds, but for half a step."""

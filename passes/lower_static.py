@@ -4,8 +4,9 @@ The integer weight is brought to 8 bits by nodes on constants alone, which run o
 4-bit file runs at 8-bit speed. Its DequantizeLinear states the zero point, which QGemm asks for.
 What quantizes the activations comes with InsertQDQ.
 
-Several terms in parallel cannot be fused so: their sum stands before the output is quantized. They
-take the nodes of dynamic compute, with the scale of the activation known beforehand.
+Several products cannot be fused so, of weight terms in parallel or of several activation terms:
+their sum stands before the output is quantized. They take the nodes of dynamic compute, with the
+scales of the activation's terms known beforehand.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import activation_params
+from onnxq.kernels_ref.activation_series import residual_step
 from onnxq.model import is_constant, values
 from onnxq.passes.edit import Builder
 from onnxq.passes.fit_pairs import is_depthwise, needs_pairs, pairs_fit, places
@@ -39,19 +41,27 @@ Array = npt.NDArray[Any]
 _INT32 = np.iinfo(np.int32)
 
 
-def lower_static(site: Site, ranges: Mapping[str, Range]) -> None:
+def lower_static(
+    site: Site, ranges: Mapping[str, Range], quantizer: StaticQuantizer | None = None
+) -> None:
     """Replace a node by one that reads dequantized integers.
 
     Given:   conv1(x, W, b)
     Result:  W/term0/q -> Cast -> DequantizeLinear; b as int32 -> DequantizeLinear;
              conv1/term0 (or conv1/merged) = Conv(x, …, …)
 
+    Args:
+        site: the node.
+        ranges: of the plan.
+        quantizer: of the graph, so that several nodes share the terms of what they all read.
+
     Raises:
         ConfigError: the plan has no range for x, or the bias does not fit into int32.
     """
     node, builder, plan, stored = site.node, site.builder, site.plan, site.stored
     if is_parallel(plan):
-        lower_dynamic(site, StaticQuantizer(ranges, plan.name))
+        input_range(plan.name, node.inputs[0].name, ranges)
+        lower_dynamic(site, quantizer or StaticQuantizer(ranges))
         return
     count = len(stored.series)
     group = tuple(range(count))
@@ -90,28 +100,42 @@ def lower_static(site: Site, ranges: Mapping[str, Range]) -> None:
 
 def is_parallel(plan: NodePlan) -> bool:
     """Whether the node becomes several integer nodes, which write float."""
-    return plan.terms > 1 and plan.layout == "parallel"
+    return plan.activation_terms > 1 or (plan.terms > 1 and plan.layout == "parallel")
 
 
 class StaticQuantizer(ActivationQuantizer):
-    """Quantizes with scales that are known: constants where dynamic compute has nodes."""
+    """Quantizes with scales that are known: constants where dynamic compute has nodes.
 
-    def __init__(self, ranges: Mapping[str, Range], node: str) -> None:
+    The first term has the range of the plan, as every static tensor has; the others go on as those
+    of `kernels_ref.activation_series`. What lies outside of the range saturates in all of them.
+    """
+
+    def __init__(self, ranges: Mapping[str, Range]) -> None:
         super().__init__()
-        self._ranges, self._node = ranges, node
+        self._ranges = ranges
 
     def term(
         self, builder: Builder, tensor: Any, kind: IntType, bits: int = 8, index: int = 0
     ) -> Quantized:
-        """The one term of an activation, in 8 bits; the arguments are those of the base class."""
-        rmin, rmax = input_range(self._node, tensor.name, self._ranges)
-        scale, zero_point = activation_params(rmin, rmax, signed=kind == "int8")
-        params = [builder.scalar(scale), builder.scalar(np.dtype(kind).type(zero_point))]
+        """A term of an activation, in 8 bits; the arguments are those of the base class."""
         key = (id(tensor), kind, bits, index)
         if key not in self.done:
-            q = builder.add("QuantizeLinear", f"{tensor.name}/{kind}", [tensor, *params])
-            self.done[key] = Quantized(q, *params)
+            if index:
+                self.done[key] = self._residual_term(builder, tensor, kind, bits, index)
+            else:
+                self.done[key] = self._first_term(builder, tensor, kind)
         return self.done[key]
+
+    def _first_term(self, builder: Builder, tensor: Any, kind: IntType) -> Quantized:
+        rmin, rmax = self._ranges[tensor.name]
+        scale, zero_point = activation_params(rmin, rmax, signed=kind == "int8")
+        params = [builder.scalar(scale), builder.scalar(np.dtype(kind).type(zero_point))]
+        q = builder.add("QuantizeLinear", f"{tensor.name}/{kind}", [tensor, *params])
+        return Quantized(q, *params)
+
+    def _residual_scale(self, builder: Builder, before: Any, bits: int, name: str) -> Any:
+        """A constant too."""
+        return builder.scalar(np.float32(values(before) * residual_step(bits)))
 
 
 def static_pair(site: Site) -> TypePair:

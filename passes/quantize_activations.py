@@ -14,6 +14,10 @@ from onnxq.passes.edit import Builder
 from onnxq.passes.forms import IntType
 from onnxq.passes.nonnegative import is_nonnegative
 
+# Metadata of the node that finds what the terms before leave of a tensor: the tensor's name. What
+# it reads must be the float tensor.
+REST = "onnxq.rest"
+
 
 class Quantized(NamedTuple):
     """An 8-bit tensor with its scalar float32 scale and zero point of the tensor's type."""
@@ -68,12 +72,16 @@ class ActivationQuantizer:
         source = tensor if index == 1 else before.q.inputs[0].inputs[0]
         base = f"{_base(tensor, kind, bits)}/term{index}"
         known = builder.add("DequantizeLinear", f"{base}/known", list(before))
-        rest = builder.add("Sub", f"{base}/rest", [source, known])
-        step = builder.scalar(residual_step(bits))
-        scale = builder.add("Mul", f"{base}/scale", [before.scale, step])
+        own = {REST: tensor.name}
+        rest = builder.add("Sub", f"{base}/rest", [source, known], metadata=own)
+        scale = self._residual_scale(builder, before.scale, bits, f"{base}/scale")
         zero_point = builder.scalar(_of(kind, 0 if kind == "int8" else 1 << (bits - 1)))
         q = builder.add("QuantizeLinear", f"{base}/q", [rest, scale, zero_point])
         return Quantized(q, scale, zero_point)
+
+    def _residual_scale(self, builder: Builder, before: Any, bits: int, name: str) -> Any:
+        """The scale of a term, from that of the term before it."""
+        return builder.add("Mul", name, [before, builder.scalar(residual_step(bits))])
 
 
 def _base(tensor: Any, kind: IntType, bits: int) -> str:

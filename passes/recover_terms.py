@@ -13,9 +13,12 @@ import onnx_graphsurgeon as gs
 
 from onnxq.errors import ModelError
 from onnxq.kernels_ref import Series, restore
+from onnxq.kernels_ref.fixed_ratio import scale_ratio
+from onnxq.kernels_ref.half import next_scale
 from onnxq.model import Model, get_metadata, graphs, is_constant, refilled, values
 from onnxq.passes.edit import consumers
 from onnxq.passes.nibbles import pack_nibbles
+from onnxq.passes.stored_scales import POWER
 from onnxq.passes.stored_terms import PACKED_BITS, stored_bits
 from onnxq.passes.term_sums import NODE, TERM
 from onnxq.passes.weights import RECURRENT, Weight
@@ -24,7 +27,7 @@ from onnxq.plan import NodePlan
 Array = npt.NDArray[Any]
 
 # As stored_terms.py names them; a number follows where the name was taken.
-_STORED = re.compile(r".*/term(\d+)/(q|scale)(_\d+)?")
+_STORED = re.compile(rf".*/term(\d+)/(q|scale|scale/{POWER})(_\d+)?")
 # The input that holds a weight of a recurrent node, by the end of the name in the plan.
 _SLOTS = {"W": (1,), "R": (2,)}
 
@@ -220,20 +223,27 @@ def _integers(entry: NodePlan, weight: Weight, stored: _Constant) -> Array:
 def _scale(
     entry: NodePlan, weight: Weight, i: int, found: dict[tuple[int, str], _Constant]
 ) -> Array | None:
-    """The scale of term i; digits that are merged as integers store one scale for all."""
+    """The scale of term i, which may have to be made from the one that is stored for all.
+
+    That is the last for digits that are merged as integers, and the first for blocks.
+    """
     stored = found.get((i, "scale"))
     if stored is not None:
-        return _shaped(entry, weight, stored)
+        power = found.get((i, f"scale/{POWER}"))
+        return _shaped(entry, weight, stored, 1 if power is None else values(power.tensor))
     others = sorted(term for term, what in found if what == "scale")
-    if entry.series != "digit" or not others:
+    if entry.series == "joint" or not others:
         return None
-    other = _shaped(entry, weight, found[others[-1], "scale"])
-    return np.ldexp(other, entry.bits * (others[-1] - i))
+    if entry.series == "fixed_ratio":
+        before = _scale(entry, weight, i - 1, found) if i > others[0] else None
+        return None if before is None else next_scale(before, scale_ratio(entry.bits))
+    other = _scale(entry, weight, others[-1], found)
+    return None if other is None else np.ldexp(other, entry.bits * (others[-1] - i))
 
 
-def _shaped(entry: NodePlan, weight: Weight, stored: _Constant) -> Array:
+def _shaped(entry: NodePlan, weight: Weight, stored: _Constant, power: Array | int) -> Array:
     """A stored scale in the shape of the plan: (), [out] or [out, blocks]."""
-    scale = values(stored.tensor)
+    scale = values(stored.tensor).astype(np.float32) * np.float32(power)
     if stored.block is not None:  # [blocks of the kernel, out]
         scale = scale.T
         if entry.block_size is not None and scale.shape[1] > 1:

@@ -23,6 +23,9 @@ PERCENTILE = 99.999
 # behind it, whose steps are the product of two scales, well resolved.
 ALL_ZERO = (0.0, 1.0)
 _MOST_COARSER = 2.0
+# Two terms leave an error so small that the few values beyond what samples have shown, which
+# saturate in both, make up nearly all of it: twice the range costs one of 16 bits and spares them.
+HEADROOM = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,10 @@ class SearchRanges:
                 _add(histograms[owner[name]], name, array)
         self.progress("calibrating", self.samples, self.samples)
         for group, histogram in zip(groups, histograms, strict=True):
-            self._fill(plan, group.names, align(_range(histogram, self.method), group.level))
+            found = align(_range(histogram, self.method), group.level)
+            if group.limits is not None:
+                found = widen(found, group.limits)
+            self._fill(plan, group.names, found)
         return plan
 
     def _fill(self, plan: Plan, names: tuple[str, ...], found: Range) -> None:
@@ -84,6 +90,12 @@ def align(found: Range, level: float) -> Range:
     if scale * factor > _MOST_COARSER * float(activation_params(*found)[0]):
         return found
     return rmin * factor, rmax * factor
+
+
+def widen(found: Range, limits: Range) -> Range:
+    """The range of a tensor that is split into terms: HEADROOM times as wide, within its limits."""
+    rmin, rmax = (HEADROOM * end for end in found)
+    return min(found[0], max(rmin, limits[0])), max(found[1], min(rmax, limits[1]))
 
 
 def _add(histogram: RangeHistogram, name: str, array: np.ndarray) -> None:

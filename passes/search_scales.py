@@ -12,6 +12,7 @@ from onnxq.errors import ConfigError
 from onnxq.kernels_ref import Series
 from onnxq.kernels_ref.partial import Coverage, partial_scales, realize_partial, restore_partial
 from onnxq.model import Model
+from onnxq.passes.stored_scales import storable
 from onnxq.passes.weights import Candidate, Weight, candidates, check_finite
 from onnxq.plan import NodePlan, Plan
 
@@ -50,6 +51,7 @@ class SearchScales:
                 weight.split,
                 weight.out_axes,
                 node.scales_key(),
+                node.form,
                 None if points is None else points.tobytes(),
             )
             if key in shared:  # a weight that several nodes share is searched once
@@ -75,7 +77,7 @@ def _search(weight: Weight, node: NodePlan, plan: Plan) -> None:
         )
     except ValueError as error:
         raise _unfit(node, error) from None
-    plan.scales[node.name] = scales
+    plan.scales[node.name] = storable(scales, node)
     if offset is not None:
         plan.offsets[node.name] = offset
 

@@ -124,13 +124,18 @@ class SelectNodes:
             return "none", "constant left operand: float compute"
         if self.activations == "static" and candidate.inner:
             return "none", "inside a body: float compute, since its tensors are not calibrated"
-        if self.activations == "dynamic" and _is_depthwise(node, weight):
+        if self._has_products and _is_depthwise(node, weight):
             return "none", "depthwise: float compute, since ConvInteger is slower than float here"
-        if self.activations == "dynamic" and node.op == "Conv" and len(weight.shape) > 4:
+        if self._has_products and node.op == "Conv" and len(weight.shape) > 4:
             return "none", "3-D: float compute, since onnxruntime has no fast 3-D ConvInteger"
         if node.op == "MatMul" and len(weight.shape) > 2 and _is_vector(node.inputs[0]):
             return "none", "vector times batched weight: float compute, as scales do not broadcast"
         return self.activations, None
+
+    @property
+    def _has_products(self) -> bool:
+        """Whether integer nodes are ConvInteger and MatMulInteger."""
+        return self.activations == "dynamic" or self.activation_terms > 1
 
     def _form(
         self, node: gs.Node, weight: Weight, activations: Activations
@@ -165,8 +170,6 @@ class SelectNodes:
     def _activation_terms(self, activations: Activations) -> dict[str, Any]:
         if activations == "none":
             return {}
-        if activations == "static":
-            return {"activation_bits": self.activation_bits}
         return {
             "activation_bits": self.activation_bits,
             "activation_terms": self.activation_terms,

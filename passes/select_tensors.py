@@ -23,7 +23,7 @@ from onnxq.passes.ranks import Shape, tensor_shapes
 from onnxq.passes.search_scales import match_plan
 from onnxq.passes.static_matmul import is_gemm, sole_add
 from onnxq.passes.weights import Weight
-from onnxq.plan import NodePlan, Plan
+from onnxq.plan import NodePlan, Plan, Range
 
 Tensors = dict[int, Any]  # by identity, in graph order
 
@@ -37,11 +37,13 @@ class Group:
         observed: the one that holds every value of the others.
         level: a value <= 0 that has to be one of the 256 levels, so that a HardSigmoid can be
             computed by saturation; 0 asks for nothing, since 0 is always a level.
+        limits: of a tensor that is split into terms, what its values cannot pass; else None.
     """
 
     names: tuple[str, ...]
     observed: str
     level: float = 0.0
+    limits: Range | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class SelectTensors:
     (without that it would be computed in float; the same goes for a MatMul of rank 2 to which
     something other than a row is added); and what an operator of INTEGER_OPS writes, if all
     it reads is quantized, and either a static node reads it in the end or nothing is lost, since
-    the operator moves values only. All else, the ends of the graph above all, stays float.
+    the operator moves values only. All else, the ends of the graph above all, stays float. So does
+    what a static node splits into several terms; it has a range of its own.
     """
 
     def __call__(self, model: Model, plan: Plan) -> Selection:
@@ -124,12 +127,22 @@ class _Survey:
     ) -> None:
         self.model, self.shapes, self.static = model, shapes, static
         self.nodes = list(model.graph.nodes)
-        self.wanted: Tensors = {id(n.inputs[0]): n.inputs[0] for n in self.nodes if id(n) in static}
+        # What is split into terms stays float between the nodes.
+        self.wanted, self.split = self._read(split=False), self._read(split=True)
         # With everything that could be quantized, then with what is of use.
         self.demanded: set[int] | None = None
         self._forward()
         self.demanded = self._backward()
         self._forward()
+
+    def _read(self, *, split: bool) -> Tensors:
+        """What static nodes read, in one term or in several."""
+        found = (n for n in self.nodes if id(n) in self.static)
+        return {
+            id(n.inputs[0]): n.inputs[0]
+            for n in found
+            if (self.static[id(n)].activation_terms > 1) == split
+        }
 
     def _forward(self) -> None:
         self.quantized: Tensors = dict(self.wanted)
@@ -212,6 +225,9 @@ class _Survey:
         for root, keys in members.items():
             names = tuple(self.quantized[key].name for key in keys)
             yield Group(names, self.quantized[root].name, min(map(self._level, keys)))
+        for key, tensor in self.split.items():
+            if key not in self.quantized:
+                yield Group((tensor.name,), tensor.name, limits=_limits(tensor))
 
     def _level(self, key: int) -> float:
         """The value at which a HardSigmoid that reads the tensor becomes 0."""

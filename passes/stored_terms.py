@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from onnxq.kernels_ref import Series, Term
 from onnxq.passes.edit import Builder
 from onnxq.passes.nibbles import pack_nibbles, unpack_nibbles
+from onnxq.passes.stored_scales import StoredScales
 from onnxq.passes.weights import Weight
 from onnxq.passes.whole_terms import spread_centre, spread_rows
 from onnxq.plan import NodePlan
@@ -76,9 +77,9 @@ class StoredTerms:
         return self._in_shape(builder, total)
 
     def _float_term(self, builder: Builder, i: int) -> Any:
-        term, base = self.series.terms[i], self._base(i)
+        base = self._base(i)
         as_float = self._loaded(builder, i, partial(self._stored_q, i), TensorProto.FLOAT)
-        scale = self._constant(f"{base}/scale", builder, lambda: self._stored_scale(term))
+        scale = self._scales.as_float(builder, i)
         part = builder.add("Mul", f"{base}/dequantized", [as_float, scale])
         return self._whole(builder, i, part, np.float32(0))
 
@@ -273,6 +274,12 @@ class StoredTerms:
         padded = np.zeros((len(q), blocks * self._block), np.int8)
         padded[:, : q.shape[1]] = q
         return padded.reshape(len(q), blocks, self._block)
+
+    @cached_property
+    def _scales(self) -> StoredScales:
+        terms = self.series.terms
+        names = tuple(f"{self._base(i)}/scale" for i in range(len(terms)))
+        return StoredScales(self.plan, tuple(map(self._stored_scale, terms)), names)
 
     def _stored_scale(self, term: Term) -> Array:
         scale = np.asarray(term.scale, np.float32)

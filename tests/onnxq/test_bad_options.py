@@ -52,7 +52,7 @@ OPTIONS = [
     ("--minimize size", ["--minimize needs --tolerance, --max-size"]),
     ("--best-effort", ["--best-effort needs --tolerance, --max-size"]),
     ("--max-size 1MB --minimize size", ["--minimize size without --tolerance"]),
-    ("--tolerance error=1% --activations static", ["with --activations static"]),
+    ("--max-latency 0.5x --activations static", ["with --activations static"]),
     ("--offset on", ["--offset on needs --activations none"]),
     ("--layout diagonal", ["'--layout'", "'diagonal'", "merged"]),
     ("--series fourier", ["'--series'", "'fourier'", "fixed_ratio"]),

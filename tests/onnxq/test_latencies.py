@@ -13,14 +13,21 @@ from budgeting import classifier, drawn, images, planned, shared
 from small import model, weights
 
 from onnxq.allocate import Goal, Infeasible, allocate
-from onnxq.candidates import EFFICIENT, LEFT_IN_FLOAT, Candidate, bits
+from onnxq.candidates import (
+    EFFICIENT,
+    LEFT_IN_FLOAT,
+    Candidate,
+    bits,
+    reading,
+    with_columns,
+)
 from onnxq.errors import CalibrationError, ConfigError
 from onnxq.excerpts import Excerpts, signature
 from onnxq.feeds import Feed
 from onnxq.latencies import Latencies, MeasureLatencies, node_latencies, parse_latency
 from onnxq.model import Model, to_proto
 from onnxq.plan import Plan
-from onnxq.sensitivity import Table, estimate
+from onnxq.sensitivity import Table, estimate, measure
 from onnxq.session import open_session, run
 from onnxq.stopwatch import Runner, Timer
 from onnxq.tolerance import Tolerance
@@ -147,6 +154,39 @@ def test_equal_nodes_are_timed_once(clock: Clock, monkeypatch: pytest.MonkeyPatc
     found = found_for(loaded, table, drawn(1, 4, 6, 6)[0], clock)
     assert timed == [3, 2]  # whole, nothing and node; node and candidate
     np.testing.assert_allclose(found.nodes[0], found.nodes[2])
+
+
+def test_which_columns_are_outliers_makes_no_difference(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes with four columns each, other ones: the float node and two candidates are timed."""
+    timed: list[int] = []
+    times = Timer.times
+    monkeypatch.setattr(
+        Timer, "times", lambda self, runs, s: timed.append(len(runs)) or times(self, runs, s)
+    )
+    loaded, plan = planned(
+        model(
+            """g (float[1,64] x) => (float[1,64] y) {
+                [a] p = MatMul (x, v)
+                [b] y = MatMul (p, w)
+            }""",
+            {name: weights(64, 64, seed=i) for i, name in enumerate("vw")},
+        ),
+        activations="dynamic",
+        layout="parallel",
+    )
+    columns = {"a": (1, 2, 3, 4), "b": (5, 8, 13, 21)}
+    nodes = [node.model_copy(update={"outliers": columns[node.name]}) for node in plan.nodes]
+    options = [bits(8), with_columns(bits(8), 4), reading(bits(8), 7, 2), LEFT_IN_FLOAT]
+    # nothing is looked for where the plan says what outliers are
+    table = measure(loaded, Plan(nodes=nodes), options, drawn(1, 64))
+    assert table.entries[1, 1][0].outliers == columns["b"] and not table.entries[1, 0][0].outliers
+    found = found_for(loaded, table, drawn(1, 64)[0], clock)
+    assert timed == [3, 2, 2, 2]  # whole, nothing and node; node and candidate
+    np.testing.assert_array_equal(found.nodes[0], found.nodes[1])
+    # one product more, in float; two in integers, with QuantizeLinear, DequantizeLinear, and again
+    np.testing.assert_allclose(found.nodes[0] * 8, [2.0, 2.0 + 4.0, 2 * 1.0 + 3 * 0.5, 4.0])
 
 
 def test_a_node_is_lowered_as_it_is_in_the_whole_model() -> None:

@@ -20,6 +20,7 @@ LAYERS = (
     ("onnxq.passes",),
     (
         *("onnxq.pipeline", "onnxq.session", "onnxq.feeds", "onnxq.comparison", "onnxq.validation"),
+        "onnxq.without_data",
         *("onnxq.calibration", "onnxq.calibration_sources", "onnxq.images"),
     ),
     ("onnxq",),  # api, report, inspection, and whatever is not named here

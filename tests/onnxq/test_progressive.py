@@ -78,7 +78,7 @@ CASES = [
 
 def quantized(proto: onnx.ModelProto, plan: Plan | None = None, **options) -> onnx.ModelProto:
     """A quantized model that holds its plan."""
-    settings = {} if plan else {"offset": "off", **options}
+    settings = {} if plan else {"offset": "off", "priors": False, **options}
     result = onnxq.quantize(proto, plan=plan, **settings)
     loaded = load(result.model)
     embed_plan(loaded, result.plan, equalized=options.get("equalize", False))
@@ -167,7 +167,7 @@ class TestRoundedOtherwise:
     """Integers and biases as planning on samples leaves them."""
 
     def plan(self) -> Plan:
-        plan = onnxq.quantize(NET, terms=1, activations="none", offset="off").plan
+        plan = onnxq.quantize(NET, terms=1, activations="none", offset="off", priors=False).plan
         rng = np.random.default_rng(0)
         for node in plan.quantized:
             out = plan.scales[node.name][0].size

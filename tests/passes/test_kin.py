@@ -17,7 +17,7 @@ SAME = 1e-5
 def quantized(proto: onnx.ModelProto, **options) -> onnx.ModelProto:
     settings = {"activations": "none", **options}
     return onnxq.quantize(
-        proto, **{"weight_bits": 4, "terms": 2, "offset": "off", **settings}
+        proto, **{"weight_bits": 4, "terms": 2, "offset": "off", "priors": False, **settings}
     ).model
 
 

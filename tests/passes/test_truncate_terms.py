@@ -132,7 +132,7 @@ def assert_equal_runs(one: onnx.ModelProto, other: onnx.ModelProto, **feed: np.n
 
 
 def quantized(proto: onnx.ModelProto, terms: int, **options) -> onnx.ModelProto:
-    settings = {"series": "fixed_ratio", **options}
+    settings = {"series": "fixed_ratio", "priors": False, **options}
     return onnxq.quantize(proto, terms=terms, **settings).model
 
 
