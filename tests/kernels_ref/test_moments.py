@@ -14,16 +14,17 @@ def filled(x_hat, x, pieces=1):
     return moments
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_moments_are_the_sums_of_products(groups, monkeypatch):
+def test_moments_are_the_sums_of_products(groups, dtype, monkeypatch):
     monkeypatch.setattr(module, "PIECE_ELEMENTS", 64)  # several pieces per call
     rng = np.random.default_rng(0)
-    x_hat = rng.standard_normal((groups, 50, 6)).astype(np.float32)
-    x = rng.standard_normal((groups, 50, 6)).astype(np.float32)
+    x_hat = rng.standard_normal((groups, 50, 6)).astype(dtype)
+    x = rng.standard_normal((groups, 50, 6)).astype(dtype)
     moments = filled(x_hat, x, pieces=3)
     hat, other = x_hat.astype(np.float64), x.astype(np.float64)
-    # Sums of 50 products of numbers below 5, in float64.
-    close = {"atol": 50 * 50 * 25 * np.finfo(np.float64).eps}
+    # Sums of 50 products of numbers below 5.
+    close = {"rtol": 0, "atol": 50 * 50 * 25 * np.finfo(dtype).eps}
     assert moments.count == 50
     np.testing.assert_allclose(moments.hessian, np.einsum("gni,gnj->gij", hat, hat), **close)
     np.testing.assert_allclose(moments.cross, np.einsum("gni,gnj->gij", other, hat), **close)
@@ -37,7 +38,7 @@ def test_the_same_inputs_need_no_second_sum_until_they_differ():
     x, hat = rng.standard_normal((2, 30, 4))
     moments = InputMoments(1, 4)
     moments.add(x, x)
-    assert moments.cross is moments.hessian
+    np.testing.assert_array_equal(moments.cross, moments.hessian)
     moments.add(hat, x)
     np.testing.assert_allclose(moments.cross[0], x.T @ x + x.T @ hat, atol=1e-12)
     np.testing.assert_allclose(moments.hessian[0], x.T @ x + hat.T @ hat, atol=1e-12)
@@ -56,6 +57,16 @@ def test_centred_moments_are_those_about_the_means():
     np.testing.assert_allclose(cross, np.einsum("gni,gnj->gij", other, hat), atol=1e-10)
     hessian, cross = filled(x_hat, x_hat).centred()
     assert hessian is cross
+
+
+def test_a_large_mean_costs_no_digits():
+    rng = np.random.default_rng(5)
+    x = (rng.standard_normal((1, 400, 5)) + 1000).astype(np.float32)
+    found, _ = filled(x, x).centred()
+    exact = x.astype(np.float64) - x.mean(axis=1, keepdims=True, dtype=np.float64)
+    # Differences from a point near the mean are exact in float32; their squares are at most 25.
+    bound = 400 * 400 * 25 * np.finfo(np.float32).eps
+    np.testing.assert_allclose(found, np.einsum("gni,gnj->gij", exact, exact), rtol=0, atol=bound)
 
 
 def test_the_bias_shift_makes_the_mean_output_right():
