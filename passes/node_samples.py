@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 
 HELD_OUT_EVERY = 4
 # Rows that the moments are summed over, in all; more of the same images tell nothing new.
-ROWS_PER_INPUT, FEWEST_ROWS, MOST_ROWS = 64, 4096, 65536
+MOST_ROWS = 65536
 # Rows that outputs are computed of, to judge and to fit the affine.
 JUDGED_ROWS = 4096
 # Elements of one array of rows.
@@ -158,8 +158,7 @@ class NodeSamples:
         return shapes == [array.shape for array in added]
 
     def _take(self, samples: Sequence[int], *, add: bool) -> Judged:
-        wanted = min(max(ROWS_PER_INPUT * self.rows.inputs, FEWEST_ROWS), MOST_ROWS)
-        limit, judged = self._per_sample(wanted), self._per_sample(JUDGED_ROWS)
+        limit, judged = self._per_sample(MOST_ROWS), self._per_sample(JUDGED_ROWS)
         found = [self._one(i, limit, judged, add=add) for i in samples]
         return Judged(
             np.concatenate([part.x_hat for part in found], axis=1),
