@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from onnxq.c_output import silent_c_stdout
+
 Array = npt.NDArray[Any]
 
 _SECONDS = 60.0
@@ -104,16 +106,17 @@ def _solve(places: Array, tables: Array, bounds: Sequence[float], items: int) ->
         constraints.append(LinearConstraint(values[None] / unit, -np.inf, most / unit))
     largest = float(np.abs(flat[0]).max()) or 1.0
     for tightened in range(4):
-        done = milp(
-            flat[0] / largest,
-            integrality=np.ones(len(places)),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={
-                "mip_rel_gap": 0.0 if items <= _EXACT_UP_TO else _GAP,
-                "time_limit": _SECONDS,
-            },
-        )
+        with silent_c_stdout():
+            done = milp(
+                flat[0] / largest,
+                integrality=np.ones(len(places)),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={
+                    "mip_rel_gap": 0.0 if items <= _EXACT_UP_TO else _GAP,
+                    "time_limit": _SECONDS,
+                },
+            )
         if done.x is None:
             return None
         picked = done.x > 0.5

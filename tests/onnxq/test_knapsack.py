@@ -98,3 +98,12 @@ def test_many_items_within_a_ten_thousandth() -> None:
         float((costs + price * errors).min(axis=1).sum() - price * budget) for price in prices
     )
     assert bound <= total(costs, chosen) <= bound * 1.005
+
+
+def test_the_solver_prints_nothing(capfd):
+    rng = np.random.default_rng(0)
+    for _ in range(12):  # some of these make HiGHS print
+        errors, costs = (10.0 ** rng.uniform(*ends, (40, 8)) for ends in ((-9, -1), (2, 6.5)))
+        within = Limit(errors, 3 * float(np.quantile(errors.sum(axis=1), 0.3)))
+        choose(costs, [within, Limit(1.3 * costs, 0.8 * float(costs.mean(axis=1).sum()))])
+    assert capfd.readouterr() == ("", "")
