@@ -136,9 +136,9 @@ class InputMoments:
     def _about_zero(self, products: Float64Array, total: Float64Array) -> Float64Array:
         """Σ a bᵀ of what was summed about the point, a with the sum `total`, b being x̂."""
         if self._point is None:
-            return products.copy()
+            return np.array(products)
         rest = total + self.count * self._point
-        return products + _outer(self._point, self._sum_hat) + _outer(rest, self._point)
+        return np.asarray(products + _outer(self._point, self._sum_hat) + _outer(rest, self._point))
 
 
 def conv_patches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from itertools import product
 
 import numpy as np
@@ -101,9 +102,8 @@ def test_many_items_within_a_ten_thousandth() -> None:
 
 
 def test_the_solver_prints_nothing(capfd):
-    rng = np.random.default_rng(0)
-    for _ in range(12):  # some of these make HiGHS print
-        errors, costs = (10.0 ** rng.uniform(*ends, (40, 8)) for ends in ((-9, -1), (2, 6.5)))
-        within = Limit(errors, 3 * float(np.quantile(errors.sum(axis=1), 0.3)))
-        choose(costs, [within, Limit(1.3 * costs, 0.8 * float(costs.mean(axis=1).sum()))])
+    rng = np.random.default_rng(33)  # HiGHS of scipy 1.17 prints a line for this one
+    errors, costs = (10.0 ** rng.uniform(*ends, (51, 8)) for ends in ((-9, -1), (2, 6.5)))
+    choose(costs, [Limit(errors, 3 * float(np.quantile(errors.sum(axis=1), 0.3)))])
+    ctypes.CDLL(None).fflush(None)
     assert capfd.readouterr() == ("", "")
