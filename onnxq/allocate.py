@@ -10,7 +10,7 @@ from itertools import islice
 from onnxq.calibration import Calibration
 from onnxq.candidates import EFFICIENT, Candidate
 from onnxq.errors import ConfigError
-from onnxq.feeds import Feed
+from onnxq.feeds import Feed, Feeds
 from onnxq.goal import Allocation, Goal, Infeasible
 from onnxq.model import Model
 from onnxq.plan import Plan
@@ -31,7 +31,7 @@ _CORRECTIONS = 5  # how often whole models may turn out to be too slow
 __all__ = ["Allocation", "Goal", "Infeasible", "allocate", "allocate_without_data", "split"]
 
 
-def split(samples: Iterable[Feed], *, refined: bool) -> tuple[Iterable[Feed], Iterable[Feed]]:
+def split(samples: Iterable[Feed], *, refined: bool) -> tuple[Feeds, Feeds]:
     """(To fit on, to judge on). Sensitivity needs few samples; rounding to data most of them.
 
     One sample is both.
@@ -50,7 +50,7 @@ def split(samples: Iterable[Feed], *, refined: bool) -> tuple[Iterable[Feed], It
 def allocate(
     model: Model,
     plan: Plan,
-    samples: Iterable[Feed],
+    samples: Feeds,
     goal: Goal,
     *,
     candidates: Sequence[Candidate] | None = None,

@@ -10,7 +10,7 @@ from onnxq.allocate import Allocation, Goal, Infeasible, allocate, allocate_with
 from onnxq.calibrated import Calibrated
 from onnxq.calibration import Calibration
 from onnxq.candidates import EFFICIENT, INTEGER, Candidate, integer
-from onnxq.feeds import Feed
+from onnxq.feeds import Feed, Feeds
 from onnxq.goal import parse_size
 from onnxq.latencies import MeasureLatencies, parse_latency
 from onnxq.model import Model
@@ -95,7 +95,7 @@ class Budgeted:
         if goal.max_latency is not None or goal.minimize == "latency":
             latency = MeasureLatencies(model, next(iter(self.samples)), progress=self.progress)
             more = {"latency": latency, "timed": latency.whole}
-        samples: Iterable[Feed] = self.samples
+        samples: Feeds = self.samples
         if self.options.activations == "static" or self.options.effort != "fast":
             fit, judge = split(self.samples, refined=True)
             rounded = self.options.effort != "fast" and self.options.rounding == "second_order"

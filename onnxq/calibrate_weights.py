@@ -6,16 +6,16 @@ got wrong. Memory does not grow with the number of samples: no more of them are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
 from onnxq.errors import CalibrationError, ModelError
-from onnxq.feeds import Feed
+from onnxq.feeds import Feeds, spread
 from onnxq.frontier import Frontier, Replacement, Segment, cut, live_bytes
 from onnxq.kernels_ref import ClipMeasure, Series
 from onnxq.model import Model, to_proto
@@ -39,18 +39,6 @@ Progress = Callable[[str, int, int], None]
 BUDGET_BYTES = 1 << 30
 # Of the budget, for one of the two matrices of second moments; solving takes a few more of them.
 _MOMENTS_SHARE = 0.5
-
-
-class Feeds(Protocol):
-    """Samples that can be read more than once."""
-
-    def __len__(self) -> int:
-        """How many feeds an iteration gives."""
-        ...
-
-    def __iter__(self) -> Iterator[Feed]:
-        """One feed per run."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +111,7 @@ def calibrate_weights(
         if first is None:
             raise CalibrationError("calibration: there are no samples; give at least one")
         count, notes = _affordable(len(samples), live_bytes(proto, segments, first), budget_bytes)
-        frontier = Frontier(proto, segments, _spread(samples, count), threads)
+        frontier = Frontier(proto, segments, spread(samples, count), threads)
         for name, replacement in walk.given.items():
             frontier.replace(name, replacement)
         notes += walk.run(frontier, segments)
@@ -266,13 +254,6 @@ def _affordable(count: int, per_sample: int, budget_bytes: int) -> tuple[int, tu
     if fit == count:
         return count, ()
     return fit, (f"weights: {fit} of {count} samples, memory bound {budget_bytes / 2**30:.1f} GiB",)
-
-
-def _spread(samples: Feeds, count: int) -> list[Feed]:
-    """So many of the feeds, evenly spread."""
-    total = len(samples)
-    wanted = {i * total // count for i in range(count)}
-    return [feed for i, feed in enumerate(samples) if i in wanted]
 
 
 def _in_memory(model: Model) -> ModelProto:

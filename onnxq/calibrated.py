@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxq.calibrate_weights import Feeds, calibrate_weights
+from onnxq.calibrate_weights import calibrate_weights
 from onnxq.calibration import Calibration
-from onnxq.feeds import Feed
+from onnxq.feeds import Feed, Feeds
 from onnxq.model import Model
 from onnxq.options import Options
 from onnxq.passes.fit_bias import FitBias

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -325,3 +325,23 @@ def _draw(
                 f"input {spec.name!r} of shape {list(shape)} cannot be made up: it is too large"
             ) from None
     return feed
+
+
+class Feeds(Protocol):
+    """Samples that can be read more than once."""
+
+    def __len__(self) -> int:
+        """How many feeds an iteration gives."""
+        ...
+
+    def __iter__(self) -> Iterator[Feed]:
+        """One feed per run."""
+        ...
+
+
+def spread(samples: Feeds, most: int) -> list[Feed]:
+    """At most so many of the feeds, evenly spread; read in one go, the others not kept."""
+    total = len(samples)
+    count = min(most, total)
+    wanted = {i * total // count for i in range(count)}
+    return [feed for i, feed in enumerate(samples) if i in wanted]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from onnx import ModelProto
 
 from onnxq.errors import CalibrationError
-from onnxq.feeds import Feed
+from onnxq.feeds import Feed, spread
 from onnxq.frontier import Replacement, Tensors, open_part, run_part, with_constants
 from onnxq.model import Model, to_proto
 from onnxq.passes.block_moves import Move, moves, own_bias
@@ -95,9 +95,7 @@ def refine_blocks(
         raise CalibrationError(f"stage_weight is {stage_weight}; give a number >= 0")
     copies = {key: dict(getattr(plan, key)) for key in ("scales", "integers", "bias", "offsets")}
     made = plan.model_copy(update=copies)
-    rounds, count = ROUNDS[effort], len(samples)
-    fit = min(count, MOST_SAMPLES)
-    feeds = [samples[i * count // fit] for i in range(fit)]
+    rounds, feeds = ROUNDS[effort], spread(samples, MOST_SAMPLES)
     if rounds == 0 or len(feeds) < HELD_OUT_EVERY:
         reason = "" if rounds == 0 else "refining blocks needs 4 samples or more"
         return made, (reason,) if reason else ()
@@ -148,7 +146,7 @@ class _Search:
         if fit < len(feeds):
             bound = f"memory bound {self.budget_bytes / 2**30:.1f} GiB"
             notes = (f"refining blocks: {fit} of {len(feeds)} samples, {bound}",)
-            feeds = [feeds[i * len(feeds) // fit] for i in range(fit)]
+            feeds = spread(feeds, fit)
         total = sum(len(self._planned(block)) for stage in stages for block in stage.blocks)
         exact = [{name: np.asarray(array) for name, array in feed.items()} for feed in feeds]
         quantized = [dict(tensors) for tensors in exact]

@@ -10,7 +10,7 @@ is not in it; that is alike for all candidates, and the trials of whole models t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxq.errors import CalibrationError, ValidationError
-from onnxq.feeds import Feed
+from onnxq.feeds import Feeds, spread
 from onnxq.kernels_ref import InputMoments, restore, round_second_order
 from onnxq.model import Model
 from onnxq.observing import observer
@@ -47,7 +47,7 @@ def with_rounding(
     model: Model,
     plan: Plan,
     table: Table,
-    feeds: Iterable[Feed],
+    feeds: Feeds,
     *,
     samples: int = SAMPLES,
     progress: Progress | None = None,
@@ -76,7 +76,7 @@ def rounding_factors(
     model: Model,
     plan: Plan,
     table: Table,
-    feeds: Iterable[Feed],
+    feeds: Feeds,
     *,
     samples: int = SAMPLES,
     progress: Progress | None = None,
@@ -90,7 +90,7 @@ def rounding_factors(
     """
     factors = np.ones(table.error.shape)
     sites = _sites(model, plan, table)
-    observe = observer(model, list(_spread(feeds, samples)), _failing)
+    observe = observer(model, spread(feeds, samples), _failing)
     done = 0
     for part in _portions(sites):
         for values in observe(sorted({site.tensor for site in part})):
@@ -270,13 +270,6 @@ def _portions(sites: Sequence[_Site]) -> Iterator[list[_Site]]:
 
     for _, part in groupby(sites, portion):
         yield list(part)
-
-
-def _spread(feeds: Iterable[Feed], most: int) -> Iterator[Feed]:
-    kept = list(feeds)
-    count = min(most, len(kept))
-    for i in range(count):
-        yield kept[i * len(kept) // count]
 
 
 def _failing(index: int, error: ValidationError) -> CalibrationError:
