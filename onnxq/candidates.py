@@ -92,14 +92,21 @@ def with_columns(candidate: Candidate, most: int) -> Candidate:
 
 LEFT_IN_FLOAT = Candidate("float", quantized=False)
 
-# Bits are stored as 4 or 8, so that 2, 3 and 5 to 7 take the space of more exact ones, and two
-# terms of four bits that of one of eight, which is more exact too: none of them is ever the best
-# in bytes. Blocks lie between the two: a scale of 16 bits for 64, 32 or 16 weights.
+# Each takes the bits that it has, but in small weights, whose 2 and 3 bits are stored as 4, 5 to 7
+# as 8. Two terms of four bits take the space of one of eight, which is more exact. Blocks, with a
+# scale of 16 bits for 64, 32 or 16 weights, lie between one width and the next.
 EFFICIENT: tuple[Candidate, ...] = (
+    bits(2, block_size=32),
+    bits(3),
+    bits(3, block_size=32),
     bits(4),
     bits(4, block_size=64),
     bits(4, block_size=32),
     bits(4, block_size=16),
+    bits(5),
+    bits(5, block_size=32),
+    bits(6),
+    bits(7),
     bits(8),
     bits(4, terms=3),
     bits(8, terms=2),
@@ -109,7 +116,8 @@ EFFICIENT: tuple[Candidate, ...] = (
 
 # Integer compute takes a product per term, so that three terms of 4 bits, though smaller, are
 # slower than two of 8; and it has no blocks.
-INTEGER: tuple[Candidate, ...] = (bits(4), bits(8), bits(8, terms=2), LEFT_IN_FLOAT)
+_BY_WIDTH = tuple(bits(number) for number in range(3, 9))
+INTEGER: tuple[Candidate, ...] = (*_BY_WIDTH, bits(8, terms=2), LEFT_IN_FLOAT)
 
 
 def integer(
@@ -122,12 +130,11 @@ def integer(
         terms: also with a second term of the activation. It takes next to no bytes, so that
             latency must count for something. Of 7 bits where the weight's error is larger anyway:
             on x86 without VNNI that is faster (forms.py).
-        narrow: also with weights of 7 bits, which take the bytes of 8 and have more error, but are
-            faster there.
+        narrow: also with two terms of 7 bits, which are faster there.
     """
-    weights = [bits(4), bits(8), bits(8, terms=2)]
+    weights = [*_BY_WIDTH, bits(8, terms=2)]
     if narrow:
-        weights += [bits(7), bits(7, terms=2)]
+        weights.append(bits(7, terms=2))
     read: list[Candidate] = []
     if columns:
         read += [with_columns(one, columns) for one in weights]
@@ -174,7 +181,7 @@ def stored_bytes(entry: NodePlan, weight: Weight) -> int:
         block = min(entry.block_size, length)
         blocks = -(-length // block)
         scales, length = rows * blocks, blocks * block
-    integers = -(-rows * length * stored_bits(entry.bits) // 8)
+    integers = -(-rows * length * stored_bits(entry, rows * length) // 8)
     return entry.terms * (integers + TERM_OVERHEAD) + expected_scale_bits(entry, scales) // 8
 
 

@@ -114,7 +114,7 @@ def weight_bits(plan: Plan) -> float:
         if node.reason is not None:
             bits += FLOAT_BITS * count
             continue
-        bits += node.terms * stored_bits(node.bits) * count
+        bits += node.terms * stored_bits(node, int(count)) * count
         if node.name in plan.scales:
             bits += scale_bits(node, plan.scales[node.name])
     return bits / parameters if parameters else 0.0

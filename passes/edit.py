@@ -55,7 +55,7 @@ class Builder:
             the graph stays sorted.
         names: the names of the whole model.
         pass_name: written to each marked node as metadata `onnxq.pass`.
-        scalars: the scalar constants made so far for this graph; shared by its builders.
+        scalars: the shared constants made so far for this graph, by name.
     """
 
     def __init__(
@@ -99,6 +99,12 @@ class Builder:
         if key not in self._scalars:
             self._scalars[key] = self.constant(f"onnxq/{key}", np.asarray(value))
         return self._scalars[key]
+
+    def shared(self, name: str, array: npt.NDArray[Any]) -> Any:
+        """The constant of that name, made once for the graph."""
+        if name not in self._scalars:
+            self._scalars[name] = self.constant(name, array)
+        return self._scalars[name]
 
     def add(
         self,

@@ -20,7 +20,7 @@ from onnxq.passes.lower_static import StaticQuantizer, is_parallel, lower_static
 from onnxq.passes.quantize_activations import ActivationQuantizer
 from onnxq.passes.search_scales import Progress, match_plan, no_progress, node_series
 from onnxq.passes.site import Site
-from onnxq.passes.stored_terms import PACKED_BITS, StoredTerms, stored_bits
+from onnxq.passes.stored_terms import PACKED_BITS, StoredTerms
 from onnxq.passes.weights import Weight
 from onnxq.plan import NodePlan, Plan
 
@@ -29,7 +29,7 @@ def required_opset(plan: Plan) -> int:
     """The lowest default-domain opset in which the plan's forms exist.
 
     Cast and constants of INT4/UINT4: opset 21. DequantizeLinear with one scale per channel: 13.
-    BitShift, for nibbles in bytes, and ScatterND and Pad, for terms of a part: 11. Slice with its
+    BitShift, for planes of bits, and ScatterND and Pad, for terms of a part: 11. Slice with its
     ends as inputs, which cuts off the padding of the last block: 10. Cast of int8 and Mul with
     broadcasting: 7.
     """
@@ -40,13 +40,11 @@ def required_opset(plan: Plan) -> int:
 
 
 def _required_opset(node: NodePlan, *, partial: bool) -> int:
-    if stored_bits(node.bits) == PACKED_BITS and node.packing == "int4":
-        return 21
-    if node.form == "nbits":
+    if node.form == "nbits" or (node.bits <= PACKED_BITS and node.packing == "int4"):
         return 21
     if node.activations != "none":
         return 13
-    if stored_bits(node.bits) == PACKED_BITS or partial or node.centre:
+    if node.bits < 8 or partial or node.centre:
         return 11
     return 10 if node.block_size else 7
 

@@ -32,7 +32,7 @@ from onnxq.kernels_ref import Term
 from onnxq.model import set_metadata
 from onnxq.passes.edit import consumers
 from onnxq.passes.site import Site
-from onnxq.passes.stored_terms import PACKED_BITS, stored_bits
+from onnxq.passes.stored_terms import PACKED_BITS
 from onnxq.passes.weights import Weight
 
 Array = npt.NDArray[Any]
@@ -155,7 +155,7 @@ def _dequantized(site: Site, i: int) -> Any:
     """A term as a float matrix [in, out], its constants read by this node alone."""
     builder, weight, term = site.builder, site.stored.weight, site.stored.series.terms[i]
     base = f"{weight.tensor.name}/term{i}"
-    packed = stored_bits(term.bits) == PACKED_BITS
+    packed = term.bits <= PACKED_BITS
     q = builder.constant(
         f"{base}/q",
         weight.from_matrix(term.q),

@@ -145,7 +145,7 @@ def point_bytes(weight: Weight, entry: NodePlan) -> float:
     inputs = weight.size // weight.out
     scales = 1 if entry.block_size is None else -(-inputs // entry.block_size)
     index = compact_indices(np.zeros(1, np.int64), weight.out).itemsize
-    return inputs * stored_bits(entry.bits) / 8 + scales * SCALE_BYTES + index
+    return inputs * stored_bits(entry, weight.size) / 8 + scales * SCALE_BYTES + index
 
 
 def _can_have(entry: NodePlan) -> bool:

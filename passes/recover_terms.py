@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +17,9 @@ from onnxq.kernels_ref import Series, restore
 from onnxq.kernels_ref.fixed_ratio import scale_ratio
 from onnxq.kernels_ref.half import next_scale
 from onnxq.model import Model, get_metadata, graphs, is_constant, refilled, values
+from onnxq.passes.bit_planes import PER_BYTE, pack_bits, read_bits, signed_planes
 from onnxq.passes.edit import consumers
-from onnxq.passes.nibbles import pack_nibbles
 from onnxq.passes.stored_scales import POWER
-from onnxq.passes.stored_terms import PACKED_BITS, stored_bits
 from onnxq.passes.term_sums import NODE, TERM
 from onnxq.passes.weights import RECURRENT, Weight
 from onnxq.plan import NodePlan
@@ -36,7 +36,6 @@ class _Constant(NamedTuple):
     """A stored constant, and what the nodes that read it say of its form."""
 
     tensor: Any
-    shifted: bool  # nibbles: 8 is subtracted, so that they are signed
     block: int | None  # of a DequantizeLinear with blocks
 
 
@@ -134,30 +133,31 @@ class StoredIntegers:
     @property
     def _offset(self) -> int:
         """What is added to them where they are stored unsigned."""
-        if self._packed:
-            return 8 if self.constant.shifted else 1 << (self.entry.bits - 1)
-        unsigned = values(self.tensor).dtype == np.uint8
-        return 1 << (self.entry.bits - 1) if unsigned else 0
+        signed = self._signed_planes
+        if signed is None:
+            signed = values(self.tensor).dtype != np.uint8
+        return 0 if signed else 1 << (self.entry.bits - 1)
 
-    @property
-    def _packed(self) -> bool:
-        """Whether two of them are in a byte."""
-        four = stored_bits(self.entry.bits) == PACKED_BITS and self.entry.packing == "uint8"
-        return four and self.entry.form == "folded"
+    @cached_property
+    def _signed_planes(self) -> bool | None:
+        return signed_planes(self.tensor)
 
     def read(self) -> Array:
-        """The integers, int8, of any shape; nibbles flat, with one too many where they are odd."""
+        """The integers, int8, of any shape; planes flat, with up to seven more than there are."""
         array = values(self.tensor)
-        if self._packed:
-            low, high = np.bitwise_and(array, 15), np.right_shift(array, 4)
-            array = np.concatenate([low, high])
+        if self._signed_planes is not None:
+            array = read_bits(array, signed=self._signed_planes)
         return (array.astype(np.int16) - self._offset).astype(np.int8)
 
     def write(self, integers: Array) -> Any:
         """A constant of the same name and form that holds others."""
         array = integers.astype(np.int16) + self._offset
-        if self._packed:
-            array = pack_nibbles(np.clip(array, 0, 15))
+        if self._signed_planes is not None:
+            low = self._offset - (1 << (self.entry.bits - 1))
+            most = low + (1 << self.entry.bits) - 1
+            # What fills the planes up may have become anything.
+            array = np.clip(array, low, most)
+            array = pack_bits(array, self.entry.bits, signed=self._signed_planes)
         return refilled(self.tensor, array)
 
 
@@ -182,9 +182,8 @@ def _before(tensor: Any) -> list[_Constant]:
                 seen.add(id(node))
                 nodes.append(node)
                 waiting += node.inputs
-    shifted = any(node.op == "Sub" for node in nodes)
     blocks = [node.attrs["block_size"] for node in nodes if "block_size" in node.attrs]
-    return [_Constant(c, shifted, int(blocks[0]) if blocks else None) for c in constants]
+    return [_Constant(c, int(blocks[0]) if blocks else None) for c in constants]
 
 
 def _rescaling(node: gs.Node) -> Iterator[_Constant]:
@@ -201,7 +200,7 @@ def _rescaling(node: gs.Node) -> Iterator[_Constant]:
             for other in reader.inputs:
                 if other is not tensor and other.inputs and other.inputs[0].op == "Mul":
                     factors = other.inputs[0].inputs
-                    yield from (_Constant(t, False, None) for t in factors if is_constant(t))
+                    yield from (_Constant(t, None) for t in factors if is_constant(t))
 
 
 def _integers(entry: NodePlan, weight: Weight, stored: _Constant) -> Array:
@@ -211,7 +210,7 @@ def _integers(entry: NodePlan, weight: Weight, stored: _Constant) -> Array:
     padded = inputs if block is None else -(-inputs // block) * block
     count = weight.out * padded
     q = StoredIntegers(entry, stored).read().reshape(-1)
-    if q.size not in (count, count + 1):
+    if not 0 <= q.size - count < PER_BYTE:
         raise _changed(entry, f"{stored.tensor.name!r} has {q.size} integers")
     q = q[:count]
     if block is not None:

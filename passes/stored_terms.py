@@ -16,23 +16,41 @@ import numpy.typing as npt
 from onnx import TensorProto, helper
 
 from onnxq.kernels_ref import Series, Term
+from onnxq.passes.bit_planes import pack_bits, unpack_bits
 from onnxq.passes.edit import Builder
-from onnxq.passes.nibbles import pack_nibbles, unpack_nibbles
 from onnxq.passes.stored_scales import StoredScales
 from onnxq.passes.weights import Weight
 from onnxq.passes.whole_terms import spread_centre, spread_rows
-from onnxq.plan import NodePlan
+from onnxq.plan import NodePlan, Packing
 
 Array = npt.NDArray[Any]
 
 PACKED_BITS = 4
+_NIBBLES = TensorProto.INT4, TensorProto.UINT4
+_BYTES = TensorProto.INT8, TensorProto.UINT8
 # Metadata of an Add that merges a term into the ones before it: the term's index.
 ADDED_TERM = "onnxq.added_term"
 
 
-def stored_bits(bits: int) -> int:
-    """Bits that one value of a term takes in the file."""
-    return PACKED_BITS if bits <= PACKED_BITS else 8
+# What the nodes that unpack planes of bits take in the file beyond a Cast, about.
+PLANES_BYTES = 800
+
+
+def stored_bits(entry: NodePlan, count: int) -> int:
+    """Bits that one value of a term takes in the file, of so many values."""
+    if entry.form == "nbits":
+        return PACKED_BITS if entry.bits <= PACKED_BITS else 8
+    return _width(entry.bits, count, entry.packing)
+
+
+def _width(bits: int, count: int, packing: Packing) -> int:
+    """The type that holds the bits, or, where that saves more than its nodes take, they alone."""
+    if not count:
+        return 8
+    if packing == "uint8" and bits <= PACKED_BITS:
+        return bits
+    plain = PACKED_BITS if bits <= PACKED_BITS else 8
+    return bits if (plain - bits) * count > 8 * PLANES_BYTES else plain
 
 
 @dataclass(eq=False)
@@ -208,21 +226,21 @@ class StoredTerms:
         unsigned: bool = False,
     ) -> Any:
         """The stored integers of a term, as the element type `to` once the model is loaded."""
-        base = self._base(i)
-        if stored_bits(self.series.terms[i].bits) != PACKED_BITS:
-            kind = TensorProto.UINT8 if unsigned else TensorProto.INT8
-            q = self._constant(f"{base}/q", builder, make, kind)
-            return q if to == kind else builder.add("Cast", f"{base}/cast", [q], attrs={"to": to})
-        if self.plan.packing == "uint8":
-            values = make()
-            offset = 0 if unsigned else 8
+        base, bits, values = self._base(i), self.series.terms[i].bits, make()
+        width = _width(bits, values.size, self.plan.packing)
+        plain = {8: _BYTES}
+        if self.plan.packing == "int4":
+            plain[PACKED_BITS] = _NIBBLES
+        if width not in plain:
             packed = self._constant(
-                f"{base}/q", builder, lambda: pack_nibbles(values.astype(np.int16) + offset)
+                f"{base}/q", builder, partial(pack_bits, values, bits, signed=not unsigned)
             )
-            return unpack_nibbles(builder, packed, values.shape, base, to=to, offset=offset)
-        kind = TensorProto.UINT4 if unsigned else TensorProto.INT4
-        q = self._constant(f"{base}/q", builder, make, kind)
-        return builder.add("Cast", f"{base}/cast", [q], attrs={"to": to})
+            return unpack_bits(
+                builder, packed, values.shape, base, bits=bits, signed=not unsigned, to=to
+            )
+        kind = plain[width][unsigned]
+        q = self._constant(f"{base}/q", builder, lambda: values, kind)
+        return q if to == kind else builder.add("Cast", f"{base}/cast", [q], attrs={"to": to})
 
     def channel_scale(
         self, builder: Builder, i: int, shape: tuple[int, ...], *, part: bool = False

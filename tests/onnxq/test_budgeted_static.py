@@ -50,7 +50,7 @@ def test_a_tolerance_is_kept_with_static_activations(effort: str) -> None:
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in proto.graph.node}
     assert found.plan.ranges
     assert any(node.activations == "static" for node in found.plan.quantized)
-    assert {node.bits for node in found.plan.quantized} <= {4, 8}
+    assert all(node.granularity == "per_channel" for node in found.plan.quantized)
     unseen = judged(proto, images(100, seed=77)).energy
     # kept at a standard error above the mean of six; the truth is within three of the mean, whose
     # own standard error is that of 100 times (100 / 6)**0.5

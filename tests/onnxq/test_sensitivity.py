@@ -75,12 +75,12 @@ def test_each_entry_is_the_error_of_that_node_alone() -> None:
     canonical = to_proto(loaded)
     feeds = images(4)
     noise = rounding(canonical, feeds)
-    table = measure(loaded, plan, EFFICIENT, feeds)
-    exact = EFFICIENT.index(LEFT_IN_FLOAT)
+    # of what is below LINEAR the first is measured, too
+    candidates = (bits(3), bits(8), LEFT_IN_FLOAT)
+    table = measure(loaded, plan, candidates, feeds)
     for unit in range(len(table.units)):
-        # the first below LINEAR is measured, too
-        for option in (0, EFFICIENT.index(bits(8))):
-            chosen = [exact] * len(table.units)
+        for option in (0, 1):
+            chosen = [2] * len(table.units)
             chosen[unit] = option
             found = energy(canonical, table.plan(plan, chosen), feeds)
             assert_same_error(table.error[unit, option], found, noise)
@@ -230,8 +230,8 @@ def test_each_weight_and_each_activation_is_run_once(monkeypatch: pytest.MonkeyP
         feed["x"][..., [5, 40]] *= 30
     table = measure(loaded, plan, integer(columns=4, terms=True), feeds)
     assert np.isfinite(table.error).all()
-    # 4 bits and 8; with and without columns: the rest is scaled or another one's
-    assert runs == ["weight_error"] * 2 + ["activation_error"] * 2
+    # 3 to 7 bits; with and without columns: the rest is scaled or another one's
+    assert runs == ["weight_error"] * 5 + ["activation_error"] * 2
 
 
 def test_static_compute_is_that_of_weights() -> None:
@@ -256,8 +256,7 @@ def test_depthwise_nodes_stay_in_float_compute() -> None:
     there = dict(zip([u.name for u in table.units], np.isfinite(table.error), strict=True))
     names = [one.name for one in options]
     assert [n for n, kept in zip(names, there["depth"], strict=True) if kept] == [
-        "4x1",
-        "8x1",
+        *(f"{number}x1" for number in range(3, 9)),
         "8x2",
         "float",
     ]
@@ -319,13 +318,16 @@ def test_nodes_that_share_a_weight_are_one_unit() -> None:
     loaded, plan = planned(shared())
     table = measure(loaded, plan, EFFICIENT, drawn(3, 32))
     assert [[e.name for e in unit.entries] for unit in table.units] == [["m1", "m2"], ["m3"]]
-    made = table.plan(plan, [EFFICIENT.index(bits(8)), 0])
-    assert [node.bits for node in made.nodes] == [8, 8, 4]
+    three, eight = EFFICIENT.index(bits(3)), EFFICIENT.index(bits(8))
+    made = table.plan(plan, [eight, three])
+    assert [node.bits for node in made.nodes] == [8, 8, 3]
     # stored once
-    assert table.bytes[0, 0] == table.bytes[1, 0]
+    assert table.bytes[0, three] == table.bytes[1, three]
     feeds = drawn(3, 32)
-    found = energy(to_proto(loaded), table.plan(plan, [0, 7]), feeds)
-    assert_same_error(table.error[0, 0], found, rounding(to_proto(loaded), feeds))
+    found = energy(
+        to_proto(loaded), table.plan(plan, [three, EFFICIENT.index(LEFT_IN_FLOAT)]), feeds
+    )
+    assert_same_error(table.error[0, three], found, rounding(to_proto(loaded), feeds))
 
 
 def test_weights_in_bodies_are_inputs_too() -> None:

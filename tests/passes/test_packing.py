@@ -1,24 +1,13 @@
-"""4-bit integers as two in a byte: the same values, for runtimes without INT4."""
+"""Integers as planes of bits in bytes: the same values, for runtimes without INT4."""
 
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from onnx import TensorProto
 from small import feeds, model, run, weights
 
 import onnxq
-from onnxq.passes.nibbles import pack_nibbles
 from onnxq.session import open_session
-
-
-@given(st.lists(st.integers(0, 15), min_size=1, max_size=33))
-def test_both_halves_come_back(integers):
-    packed = pack_nibbles(np.array(integers))
-    assert packed.dtype == np.uint8
-    assert packed.size == -(-len(integers) // 2)
-    assert [*(packed & 15), *(packed >> 4)][: len(integers)] == integers
 
 
 def source(outputs: int = 4) -> onnx.ModelProto:
@@ -72,7 +61,7 @@ def test_is_folded_when_the_model_is_loaded(tmp_path):
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     left = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
-    assert not left & {"Mod", "BitShift", "Concat", "Cast", "Sub", "Mul"}
+    assert not left & {"Mod", "BitShift", "MatMulInteger", "Cast", "Mul"}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +95,7 @@ def test_a_version_that_is_none():
 
 
 def test_file_size(tmp_path):
-    """Two in a byte take the bytes of INT4, but for the few nodes that unpack them."""
+    """Planes take the bytes of INT4, but for the few nodes that unpack them."""
     proto = model(
         "g (float[1,256] x) => (float[1,256] y) { [fc] y = MatMul (x, w) }",
         {"w": weights(256, 256)},
