@@ -14,6 +14,7 @@ from onnxq.model import Model
 from onnxq.options import Options
 from onnxq.passes.fit_bias import FitBias
 from onnxq.passes.fit_pairs import needs_pairs
+from onnxq.passes.node_samples import MOST_ROWS
 from onnxq.passes.search_scales import match_plan, node_series
 from onnxq.plan import Plan
 from onnxq.refine_blocks import refine_blocks
@@ -24,7 +25,13 @@ Progress = Callable[[str, int, int], None]
 
 
 def round_to_samples(
-    model: Model, plan: Plan, samples: Feeds, options: Options, progress: Progress
+    model: Model,
+    plan: Plan,
+    samples: Feeds,
+    options: Options,
+    progress: Progress,
+    *,
+    rows: int = MOST_ROWS,
 ) -> tuple[Plan, tuple[str, ...]]:
     """`calibrate_weights` with the user's options.
 
@@ -38,17 +45,22 @@ def round_to_samples(
         rounding="nearest" if options.effort == "fast" else options.rounding,
         affine=options.affine,
         bias_correction=options.bias_correction,
+        rows=rows,
         progress=progress,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """Completes a plan by running the canonical float model on samples."""
+    """Completes a plan by running the canonical float model on samples.
+
+    `rows` of a node's input are looked at, at most.
+    """
 
     options: Options
     samples: Calibration
     progress: Progress
+    rows: int = MOST_ROWS
 
     def __call__(self, model: Model, plan: Plan) -> tuple[Plan, tuple[str, ...]]:
         """The plan with what the samples tell, and notes for the user.
@@ -61,7 +73,9 @@ class Calibrated:
         if static:
             plan = plan_static(model, plan, self.samples, self.options.ranges, self.progress)
             self._pin_pairs(model, plan)
-        plan, notes = round_to_samples(model, plan, self.samples, self.options, self.progress)
+        plan, notes = round_to_samples(
+            model, plan, self.samples, self.options, self.progress, rows=self.rows
+        )
         if self.options.effort == "high":
             plan, more = refine_blocks(model, plan, self._some(), progress=self.progress)
             notes += more

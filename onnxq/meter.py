@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from onnxq.flips import Distances, expected_flips
+from onnxq.flips import Distances, Noise, expected_flips
 from onnxq.kernels_ref import cosine
 
 Array = npt.NDArray[Any]
@@ -99,7 +99,7 @@ class Meter:
     """Takes in the outputs of both models, sample by sample.
 
     Args:
-        beside: margins of further samples, whose quantized outputs are not known or say too little.
+        beside: margins of further samples, which weights were rounded to: see `add_fitted`.
     """
 
     def __init__(self, beside: Sequence[Distances] = ()) -> None:
@@ -109,7 +109,8 @@ class Meter:
         self._changed = _Ratio()
         self._classifies = self._counts = False
         self._distances: list[Distances] = list(beside)
-        self._changes: list[Array] = []
+        self._noise: list[Noise] = []
+        self._fitted: list[Noise] = []
 
     def add(self, wanted: Sequence[Any], got: Sequence[Any], label: Array | None = None) -> None:
         """One run: outputs of the float and of the quantized model, and classes [samples]."""
@@ -121,6 +122,10 @@ class Meter:
         if isinstance(first, np.ndarray) and is_classifier(first):
             self._classifies = True
             self._add_classes(first, np.asarray(got[0]), label)
+
+    def add_fitted(self, noise: Noise) -> None:
+        """The noise on one of the samples beside."""
+        self._fitted.append(noise)
 
     def _add_output(self, index: int, wanted: Array, got: Array) -> None:
         finite = np.isfinite(wanted)
@@ -150,7 +155,7 @@ class Meter:
             self._counts = True
         else:
             self._distances.append(found)
-            self._changes.append(found.changes(wanted, got))
+            self._noise.append(found.noise(wanted, got))
 
     def measured(self) -> Measured:
         """What was found so far; at least one output must have been added."""
@@ -165,7 +170,7 @@ class Meter:
         counted = self._changed.estimate()
         if self._counts:
             return {"top1": self._top1.estimate(), "disagreement": counted, "changed": counted}
-        flips = expected_flips(self._distances, self._changes)
+        flips = expected_flips(self._distances, self._noise, self._fitted)
         (lost, lost_spread), (changed, changed_spread) = flips.lost, flips.changed
         return {
             "top1": Estimate(value=lost, spread=lost_spread),

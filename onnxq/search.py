@@ -251,18 +251,19 @@ class Search:
             return self._sized(chosen)
         if self.progress is not None:
             self.progress("allocation", len(self.tried), self.most_trials)
-        plan = self.table.plan(self.base, chosen)
-        if self.refine is not None:
-            plan = self.refine(self.model, plan)
+        plan = self._completed(chosen)
         measured, size = self.trial(plan)
         predicted = total(self.table.error, chosen)
         self.tried[chosen] = _Tried(chosen, predicted, plan, size, measured)
         return self.tried[chosen]
 
     def _sized(self, chosen: tuple[int, ...]) -> _Tried:
-        plan = self.table.plan(self.base, chosen)
-        predicted = total(self.table.error, chosen)
+        plan, predicted = self._completed(chosen), total(self.table.error, chosen)
         return _Tried(chosen, predicted, plan, self.trial.size(plan), None)
+
+    def _completed(self, chosen: tuple[int, ...]) -> Plan:
+        plan = self.table.plan(self.base, chosen)
+        return plan if self.refine is None else self.refine(self.model, plan)
 
     def _known(self, tried: _Tried) -> Measured:
         assert tried.measured is not None

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime as ort
 
 from onnxq.candidates import FLOAT_BYTES
+from onnxq.embedded_plan import embed_plan
 from onnxq.feeds import Feed
 from onnxq.files import model_bytes
 from onnxq.flips import Distances
@@ -38,8 +39,8 @@ class Trial:
         model: the canonical float model; only read.
         feeds: samples, gone through once per plan.
         threads: of onnxruntime.
-        beside: further samples, of which only the float outputs are looked at: how far a
-            classifier's classes lie apart (see `flips`).
+        beside: further samples, which plans may be fitted to: only how far a classifier's classes
+            lie apart, and what part of the noise matters, is taken from them (see `flips`).
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class Trial:
         return open_session(self._source, threads=self.threads)
 
     @cached_property
-    def _distances(self) -> tuple[Distances, ...]:
+    def _classes(self) -> tuple[tuple[Distances, Any], ...]:
+        """Of the samples beside, with the float output; nothing where it is no classifier's."""
         found = []
         for feed in self._beside:
             first = run(self.reference, feed)[0]
@@ -70,7 +72,7 @@ class Trial:
             distances = Distances.of(first) if classes else None
             if distances is None:
                 return ()
-            found.append(distances)
+            found.append((distances, first))
         return tuple(found)
 
     def __enter__(self) -> Trial:
@@ -93,6 +95,7 @@ class Trial:
         Expand(done)(model)
         if any(node.activations == "static" for node in done.quantized):
             InsertQDQ(done)(model)
+        embed_plan(model, done)
         return self._written(model, "tried.onnx")
 
     def __call__(self, plan: Plan) -> tuple[Measured, int]:
@@ -119,9 +122,12 @@ class Trial:
     def measure(self, written: bytes | Path) -> Measured:
         """A model that was written, beside the float one."""
         actual = open_session(written, threads=self.threads)
-        meter = Meter(self._distances)
+        meter = Meter([distances for distances, _ in self._classes])
         for feed, wanted in self._pairs():
             meter.add(wanted, run(actual, feed))
+        # zip: nothing is run where it is no classifier
+        for (distances, first), feed in zip(self._classes, self._beside, strict=False):
+            meter.add_fitted(distances.noise(first, run(actual, feed)[0]))
         return meter.measured()
 
     def _pairs(self) -> Iterator[tuple[Feed, list[Any]]]:

@@ -20,8 +20,8 @@ from onnxq.passes.edit import Builder, consumers
 Array = npt.NDArray[Any]
 
 PER_BYTE = 8
-# Makes the place values of up to 7 bits, of which the highest may be negative, unsigned:
-# MatMulInteger takes no int8 on its left before onnxruntime 1.25.
+# Makes what bits of up to 7 count for, -64 to 128, unsigned: MatMulInteger takes no int8 on its
+# left before onnxruntime 1.25.
 _ZERO = 64
 
 
@@ -77,13 +77,15 @@ def unpack_bits(
     """The packed integers as the element type `to`, in `shape`."""
     places = np.arange(PER_BYTE, dtype=np.uint8).reshape(PER_BYTE, 1, 1)
     shifts = builder.shared("onnxq/bit_places", places)
-    rows = builder.add("BitShift", f"{base}/rows", [planes, shifts], attrs={"direction": "RIGHT"})
-    bit = builder.add("Mod", f"{base}/bits", [rows, builder.scalar(np.uint8(2))])
-    values = (place_values(bits, signed=signed) + _ZERO).astype(np.uint8)[np.newaxis]
+    shifted = builder.add(
+        "BitShift", f"{base}/rows", [planes, shifts], attrs={"direction": "RIGHT"}
+    )
+    flat = builder.shared(f"onnxq/planes{bits}", np.array([PER_BYTE * bits, -1], np.int64))
+    rows = builder.add("Reshape", f"{base}/bits", [shifted, flat])
     kind = "signed" if signed else "unsigned"
-    weighing = builder.shared(f"onnxq/{kind}{bits}", values)
+    weighing = builder.shared(f"onnxq/{kind}{bits}", _weighing(bits, signed=signed))
     zero = builder.scalar(np.uint8(_ZERO))
-    total = builder.add("MatMulInteger", f"{base}/integers", [weighing, bit, zero])
+    total = builder.add("MatMulInteger", f"{base}/integers", [weighing, rows, zero])
     count = int(np.prod(shape))
     if count % PER_BYTE:
         total = _unpadded(builder, total, count, base)
@@ -92,6 +94,21 @@ def unpack_bits(
     if to == TensorProto.INT32:
         return shaped
     return builder.add("Cast", f"{base}/cast", [shaped], attrs={"to": to})
+
+
+def _weighing(bits: int, *, signed: bool) -> Array:
+    """What the bytes shifted by 0 to 7 count for in each of eight integers, uint8 [8, 8·bits].
+
+    Bit p is the byte shifted by p less twice the byte shifted by p + 1, so that no other node takes
+    it out: with one, loading took up to three times as long.
+    """
+    values = place_values(bits, signed=signed)
+    found = np.zeros((PER_BYTE, PER_BYTE, bits), np.int64)
+    for place in range(PER_BYTE):
+        found[place, place] = values
+        if place + 1 < PER_BYTE:
+            found[place, place + 1] = -2 * values
+    return (found.reshape(PER_BYTE, -1) + _ZERO).astype(np.uint8)
 
 
 def _unpadded(builder: Builder, total: Any, count: int, base: str) -> Any:
@@ -105,10 +122,10 @@ def _unpadded(builder: Builder, total: Any, count: int, base: str) -> Any:
 def signed_planes(tensor: Any) -> bool | None:
     """Whether the integers in these planes are signed; None if a constant holds no planes."""
     behind = tensor
-    for op in ("BitShift", "Mod", "MatMulInteger"):
+    for op in ("BitShift", "Reshape", "MatMulInteger"):
         found = [node for node in consumers(behind) if node.op == op]
         if not found:
             return None
         behind = found[0].outputs[0]
-    weighing = found[0].inputs[0]
-    return bool(np.less(read_values(weighing), _ZERO).any()) if is_constant(weighing) else None
+    weighing, bits = found[0].inputs[0], read_values(tensor).shape[1]
+    return bool(read_values(weighing)[0, bits - 1] < _ZERO) if is_constant(weighing) else None

@@ -98,6 +98,7 @@ class NodeSamples:
         seed: of the positions that are drawn.
         added: what is added to the output, per sample and in both variants: the node aims at the
             float model's sum. Left out where it is not of the output's shape.
+        most_rows: that the moments are summed over, in all.
 
     Attributes:
         moments: of the samples that are not held out, or of all.
@@ -113,9 +114,11 @@ class NodeSamples:
         quantized: Sequence[Array],
         seed: int,
         added: tuple[Sequence[Array], Sequence[Array]] | None = None,
+        *,
+        most_rows: int = MOST_ROWS,
     ) -> None:
         self.rows, self._exact, self._quantized, self._seed = rows, exact, quantized, seed
-        self.matrix = rows.weight.matrix()
+        self.matrix, self._most_rows = rows.weight.matrix(), most_rows
         self.moments = InputMoments(rows.groups, rows.inputs)
         self._added = added if added is not None and self._fits(added[0]) else None
         out = len(self.matrix)
@@ -158,7 +161,7 @@ class NodeSamples:
         return shapes == [array.shape for array in added]
 
     def _take(self, samples: Sequence[int], *, add: bool) -> Judged:
-        limit, judged = self._per_sample(MOST_ROWS), self._per_sample(JUDGED_ROWS)
+        limit, judged = self._per_sample(self._most_rows), self._per_sample(JUDGED_ROWS)
         found = [self._one(i, limit, judged, add=add) for i in samples]
         return Judged(
             np.concatenate([part.x_hat for part in found], axis=1),
