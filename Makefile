@@ -16,7 +16,8 @@ CALIBRATION := --calibration models/digits_calibration.npz
 demo: $(VENV)/.run
 	@mkdir -p $(OUT)
 	@echo; echo "# 1. parallel basis nodes, integer compute: what Netron shows best"
-	$(BIN)/onnxq quantize $(DEMO) $(OUT)/digits_parallel.onnx $(DATA) --terms 2 \
+	$(BIN)/onnxq quantize $(DEMO) $(OUT)/digits_parallel.onnx $(DATA) \
+	  --terms 2 --activations dynamic \
 	  --plan-out $(OUT)/digits_plan.json --report $(OUT)/report.html
 	@echo; echo "# 2. one 4-bit term, rounded to samples, float compute: a small file at float speed"
 	$(BIN)/onnxq quantize $(DEMO) $(OUT)/digits_4bit.onnx $(CALIBRATION) \

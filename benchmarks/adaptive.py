@@ -23,13 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxq.allocate import Goal, Infeasible, allocate, allocate_without_data, split
+from onnxq.budgeted import TRIED_ROWS
 from onnxq.calibrate_weights import calibrate_weights
-from onnxq.candidates import EFFICIENT, INTEGER, units
+from onnxq.candidates import EFFICIENT, INTEGER, bits, units
 from onnxq.feeds import load_data, made_up_feeds
 from onnxq.meter import Meter
 from onnxq.model import load, to_proto
 from onnxq.options import Options
 from onnxq.passes import SelectNodes
+from onnxq.passes.node_samples import MOST_ROWS
 from onnxq.pipeline import canonicalize
 from onnxq.plan import Plan
 from onnxq.report import weight_bits
@@ -47,7 +49,16 @@ FIVE = (
     "sr_rlfn_x4",
     "minilm_l6_v2",
 )
-TOLERANCES = {"sr_rlfn_x4": "sqnr=43dB", "minilm_l6_v2": "cosine=0.999"}
+UNIFORM = (
+    bits(4, block_size=64),
+    bits(4, block_size=32),
+    bits(5),
+    bits(6),
+    bits(8),
+    bits(4, terms=3),
+)
+# The signal to noise ratio stands for a tenth of a decibel of PSNR, which is counted, too.
+TOLERANCES = {"sr_rlfn_x4": "sqnr=40dB", "minilm_l6_v2": "cosine=0.999"}
 CALIBRATION = {"minilm_l6_v2": 32}
 THREADS = 1  # several would wait for each other where the machine does other work, too
 UNSEEN = {"cifar10_resnet20": 1936, "sr_rlfn_x4": 16, "minilm_l6_v2": 32}
@@ -92,9 +103,9 @@ class Real:
         lost = None if self.label is None else 100 * counted.measured().top1.value
         return meter.measured(), lost
 
-    def refine(self, fit, notes):
+    def refine(self, fit, notes, rows=MOST_ROWS):
         def refined(model, plan):
-            made, said = calibrate_weights(model, plan, fit, threads=THREADS)
+            made, said = calibrate_weights(model, plan, fit, rows=rows, threads=THREADS)
             notes.extend(said)
             return made
 
@@ -158,8 +169,10 @@ def sizes(only: Only = "", rounded: Rounded = False) -> None:
             costs = with_rounding(real.model, real.plan, costs, fit)
         with Trial(real.model, judge, THREADS) as trial:
             costs = trial.exact_bytes(costs, real.plan)
-            for option, candidate in enumerate(EFFICIENT[1:6], start=1):
-                coarse = 0 if option < 4 else option
+            for candidate in UNIFORM:
+                option = EFFICIENT.index(candidate)
+                coarse = EFFICIENT.index(bits(int(candidate.change["bits"])))
+                coarse = coarse if candidate.change["block_size"] else option
                 same = tuple(option if np.isfinite(r[option]) else coarse for r in costs.error)
                 plan = costs.plan(real.plan, same)
                 uniform = trial.write(refine(real.model, plan) if refine else plan)
@@ -188,7 +201,7 @@ def tolerance(
     only: Only = "",
     rounded: Rounded = False,
     samples: Annotated[int, typer.Option(help="Of the calibration samples, to round to.")] = 64,
-    trials: Annotated[int, typer.Option(help="Measurements of the whole model.")] = 4,
+    trials: Annotated[int, typer.Option(help="Measurements of the whole model.")] = 6,
     unseen: Annotated[int, typer.Option(help="Images to judge on.")] = 436,
     factors: Annotated[bool, typer.Option(help="Correct sensitivities for rounding.")] = True,
 ) -> None:
@@ -207,7 +220,7 @@ def tolerance(
                 real.plan,
                 fit,
                 Goal(tolerance=wanted),
-                refine=real.refine(list(fit)[:samples], []) if rounded else None,
+                refine=real.refine(list(fit)[:samples], [], TRIED_ROWS) if rounded else None,
                 finish=real.refine(real.calibration[:samples], []) if rounded else None,
                 rounded=rounded and factors,
                 trials=trials if rounded else TRIALS,
@@ -249,9 +262,9 @@ def defaults(only: Only = "") -> None:
     for path in (p for p in sorted(MODELS.glob("*.onnx")) if only in p.stem):
         real = Real(path.stem, calibration=1, unseen=200 if path.stem in CLASSIFIERS else 8)
         plans = {}
-        for bits, terms in ((4, 1), (4, 2), (8, 1), (4, 3), (8, 2)):
-            select = SelectNodes(bits=bits, terms=terms, activations="none", layout="merged")
-            plans[f"{bits}x{terms}"] = select(real.model), None
+        for width, terms in ((4, 1), (4, 2), (8, 1), (4, 3), (8, 2)):
+            select = SelectNodes(bits=width, terms=terms, activations="none", layout="merged")
+            plans[f"{width}x{terms}"] = select(real.model), None
         for percent in (20, 10, 5, 2, 1):
             goal = Goal(tolerance=Tolerance.parse(f"error={percent}%"))
             found = allocate_without_data(real.model, real.plan, goal)
@@ -330,7 +343,7 @@ def made_up(
             specs = input_specs(session)
             feeds = made_up_feeds(specs, {}, partial(run, session))
             quantized = [one for one in candidates if one.quantized]
-            goal = Goal(tolerance=Tolerance.parse(options.effective_tolerance))
+            goal = Goal(tolerance=Tolerance.parse(options.tolerance_for(plan)))
             row = [path.stem, f"{activations}, {goal.tolerance}"]
             with Trial(model, load_data(samples(path.stem, count), specs), THREADS) as trial:
                 for inputs in ((), feeds):

@@ -54,7 +54,8 @@ def measure(path: Path, feed: dict[str, np.ndarray], parts: int, seconds: float)
     """A row of the table, but for the name."""
     with tempfile.TemporaryDirectory() as name:
         single, folder = Path(name) / "single.onnx", Path(name) / "parts"
-        onnxq.quantize(path, single, terms=parts, data={k: v[:1] for k, v in feed.items()})
+        first = {k: v[:1] for k, v in feed.items()}
+        onnxq.quantize(path, single, terms=parts, activations="dynamic", data=first)
         report = split(single, folder, parts=parts)
         session = open_session(single, threads=1)
         with (

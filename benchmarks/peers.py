@@ -78,10 +78,11 @@ PEERS: dict[str, Make] = {
     "onnxruntime dynamic, per channel": partial(_dynamic, per_channel=True),
     "onnxruntime static": _static,
     "onnxruntime static, u8·s8 per channel": partial(_static, **_BEST),
-    "onnxq, no options (dynamic)": _ours,
-    "onnxq dynamic, 2 × 4 bits": partial(_ours, terms=2),
-    "onnxq dynamic, 2 × 4 bits merged": partial(_ours, layout="merged"),
-    "onnxq dynamic, 1 × 7 bits": partial(_ours, weight_bits=7, terms=1),
+    "onnxq, no options": _ours,
+    "onnxq dynamic": partial(_ours, activations="dynamic"),
+    "onnxq dynamic, 2 × 4 bits": partial(_ours, activations="dynamic", terms=2),
+    "onnxq dynamic, 2 × 4 bits merged": partial(_ours, activations="dynamic", layout="merged"),
+    "onnxq dynamic, 1 × 7 bits": partial(_ours, activations="dynamic", weight_bits=7, terms=1),
     "onnxq static, 8 bits": partial(_ours, data=True, activations="static", weight_bits=8, terms=1),
     "onnxq static, 4-bit file": partial(
         _ours, data=True, activations="static", weight_bits=4, terms=1

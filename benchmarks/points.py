@@ -1,9 +1,9 @@
 """Terms that cover a part of a weight: a second term for some channels, the centre tap, the offset.
 
-python benchmarks/points.py [--only share|search|size|offset|latency|centre] [--model rlfn]
+python benchmarks/points.py [--only share|rounded|search|size|offset|latency|centre] [--model rlfn]
 
-Float compute, merged, per channel; weights alone, rounded to nearest. Errors are those of the
-output against the float model's, on samples that choosing the channels did not see.
+Float compute, merged, per channel; rounded to nearest where nothing else is said. Errors are those
+of the output against the float model's, on samples that choosing the channels did not see.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from real import CLASSIFIERS, MODELS, classifier_data, samples
 from rich.console import Console
 from rich.table import Table
 
-from onnxq.calibration import open_calibration
+from onnxq.calibrate_weights import calibrate_weights
+from onnxq.calibration import Calibration, open_calibration
 from onnxq.comparison import paired_ratios, time_in_turns
 from onnxq.kernels_ref import ErrorSums
 from onnxq.kernels_ref.multipoint import greedy_scales
@@ -38,6 +39,7 @@ from onnxq.session import input_specs, open_session, run
 
 CALIBRATION = 64
 SHARES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0)
+SHARES_ROUNDED = (0.0, 0.05, 0.15, 0.5, 1.0)
 ROOT = Path(__file__).parents[1]
 Points = Mapping[str, np.ndarray]
 
@@ -90,12 +92,19 @@ class Subject:
             sums.add(wanted, run(session, feed)[0])
         return sums.relative_error, sums.top1_agreement
 
+    @cached_property
+    def samples(self) -> Calibration:
+        session = open_session(self.source.SerializeToString(), threads=1)
+        return open_calibration(self.calibration, input_specs(session))
+
+    def round(self, plan: Plan) -> Plan:
+        """The plan with weights rounded to the calibration samples."""
+        return calibrate_weights(self.canonical(), plan, self.samples, threads=1)[0]
+
     def errors(self, plan: Plan, data: bool) -> Points:
         if not data:
             return PlanPoints().errors(self.canonical(), plan)
-        session = open_session(self.source.SerializeToString(), threads=1)
-        found = open_calibration(self.calibration, input_specs(session))
-        model = self.canonical()
+        found, model = self.samples, self.canonical()
         observe = observer(model, found, found.failing)
         return PlanPoints(observe=observe, samples=CALIBRATION).errors(model, plan)
 
@@ -166,6 +175,23 @@ def share(only: str, count: int) -> None:
                     row += show(subject.judge(with_points(plan, points)))
                 made.add_row(*row)
             Console(width=110).print(made)
+
+
+def rounded(only: str, count: int) -> None:
+    """The same, with weights rounded to 64 samples."""
+    for subject in subjects(only, count):
+        made = table(
+            f"{subject.name}: a second 4-bit term for the worst channels, rounded to 64 samples",
+            "channels", "weights", "rel. error", "agreement",
+        )  # fmt: skip
+        plan = subject.plan()
+        errors = subject.errors(plan, True)
+        for part in SHARES_ROUNDED:
+            points = worst_share(errors, part)
+            found = subject.judge(subject.round(with_points(plan, points)))
+            share_of_weights = f"{weight_bits(plan, points, 1) - 1:.0%}"
+            made.add_row(f"{part:.0%}", share_of_weights, *show(found))
+        Console(width=110).print(made)
 
 
 def greedy_plan(subject: Subject, plan: Plan) -> Plan:
@@ -396,14 +422,16 @@ def _apart(subject: Subject, plan: Plan) -> onnx.ModelProto:
 
 
 def main(
-    only: Annotated[str, typer.Option(help="share, search, size, offset, latency or centre.")] = "",
+    only: Annotated[
+        str, typer.Option(help="share, rounded, search, size, offset, latency or centre.")
+    ] = "",
     model: Annotated[str, typer.Option(help="Part of a model's name.")] = "",
     count: Annotated[int, typer.Option(help="Images that a classifier is judged on.")] = 200,
 ) -> None:
     if not MODELS.exists():
         print(f"skipped: {MODELS} is not there (set ONNXQ_REAL)")
         sys.exit(0)
-    for each in (share, search, size, offset, latency):
+    for each in (share, rounded, search, size, offset, latency):
         if only in each.__name__:
             each(model, count)
     if only in "centre":

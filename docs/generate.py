@@ -1,7 +1,7 @@
 """Writes the pages that repeat what the code says: python docs/generate.py
 
 passes.md  from the docstrings of the passes
-forms.md   from the table of forms (passes/forms.py)
+forms.md   from the tables of forms and of what integers gain (passes/forms.py, passes/gains.py)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from onnxq import passes
 from onnxq.passes import PIPELINE
 from onnxq.passes.forms import FORMS
+from onnxq.passes.gains import GAINS
 
 FOLDER = Path(__file__).parent
 ON_DEMAND = (passes.Equalize, passes.SplitHardSwish)
@@ -83,7 +84,30 @@ def render_forms() -> str:
             f"{form.reason}; {form.fact}",
         )
         parts.append("| " + " | ".join(cell.replace("|", "∣") for cell in cells) + " |")
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts + _gains()) + "\n"
+
+
+def _gains() -> list[str]:
+    """The section on what is computed in integers by default."""
+    parts = [
+        "",
+        "## What is computed in integers by default",
+        "",
+        "`--activations auto`, from `passes/gains.py`: dynamic activations where the target gains",
+        "by them; float compute, with terms merged and folded at load, elsewhere, and for every",
+        "other operator. An option that needs one kind of compute decides for all nodes:",
+        "`--block-size`, `--matmul`, `--offset on` and merged terms that are no digits of 8 bits",
+        "for none; `--activation-terms`, `--activation-bits`, `--products`, `--outliers`,",
+        "`--max-latency` below 1x and `--minimize latency` for dynamic; `--ranges` for static.",
+        "Single MatMuls are timed by `benchmarks/gains.py`.",
+        "",
+        "| operator | target | in integers | why | measured |",
+        "|---|---|---|---|---|",
+    ]
+    for gain in GAINS:
+        cells = (gain.op, ", ".join(gain.targets), gain.condition, gain.reason, gain.fact)
+        parts.append("| " + " | ".join(cells) + " |")
+    return parts
 
 
 def _section(kind: type) -> list[str]:

@@ -8,6 +8,7 @@ The paper adds points one at a time, each with the scale that is best for what i
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -98,6 +99,30 @@ def point_errors(
     return np.minimum.accumulate(errors, axis=1)
 
 
+def most_gained(
+    kind: SeriesKind,
+    w: FloatArray,
+    *,
+    bits: int,
+    terms: int,
+    granularity: Granularity,
+    count: int,
+) -> npt.NDArray[np.bool_]:
+    """The `count` rows of w whose squared error falls most from one term to `terms`; bool [out].
+
+    Not relative to the rows: what a row errs, the outputs of one node have in common units.
+    Raises ValueError as `expand`.
+    """
+    errors = []
+    for n in (1, terms):
+        series = expand(kind, w, bits=bits, terms=n, granularity=granularity)
+        errors.append(np.square(series.residual(w)).sum(axis=1, dtype=np.float64))
+    order = np.argsort(errors[1] - errors[0], kind="stable")
+    chosen = np.zeros(len(w), np.bool_)
+    chosen[order[:count]] = True
+    return chosen
+
+
 def points_for_tolerance(errors: Float64Array, tolerance: float) -> Points:
     """The fewest terms with which each channel's error is at most `tolerance`; int8 [out].
 
@@ -112,7 +137,7 @@ def points_for_tolerance(errors: Float64Array, tolerance: float) -> Points:
 
 
 def points_for_budget(
-    errors: Sequence[Float64Array], costs: Sequence[float], budget: float
+    errors: Sequence[Float64Array], costs: Sequence[float], budget: float, setup: float = 0.0
 ) -> list[Points]:
     """Terms for the channels of several nodes, at most `budget` beyond one for each.
 
@@ -120,12 +145,18 @@ def points_for_budget(
     costs: per node, of one more term of one channel, in the units of `budget`. In each step the
     channel with the largest fall of error per cost gets what brings it: one term, or several where
     a term alone brings less (the greedy step of the paper), of what still fits.
+    setup: what each node with further terms costs besides. Then these terms go to the nodes in
+    which they are worth that, too, at the price of error at which the budget is spent.
     Raises ValueError for costs that are not positive, or errors of a wrong shape.
     """
     for one, cost in zip(errors, costs, strict=True):
         _check_errors(one)
         if not cost > 0:
             raise ValueError(f"a term costs {cost}; costs must be positive")
+    if setup > 0:
+        worth = _worth_setup(errors, costs, budget, setup)
+        errors = [e if w else e[:, :1] for e, w in zip(errors, worth, strict=True)]
+        budget = max(budget - setup * sum(worth), 0.0)
     points = [np.ones(len(one), np.int8) for one in errors]
     waiting: list[_Step] = []
 
@@ -150,6 +181,46 @@ def points_for_budget(
     return points
 
 
+_HALVINGS = 60
+
+
+def _worth_setup(
+    errors: Sequence[Float64Array], costs: Sequence[float], budget: float, setup: float
+) -> list[bool]:
+    """The nodes with further terms, at the least price, in error per cost, that fits a budget."""
+    falls = [_falls(one) for one in errors]
+
+    def bought(price: float) -> tuple[list[bool], float]:
+        """The nodes that gain more than they cost, and what they cost in all."""
+        found, spent = [], 0.0
+        for fall, cost in zip(falls, costs, strict=True):
+            steps = cost * np.arange(fall.shape[1])
+            gains = fall - price * steps
+            found.append(bool(gains.max(axis=1).sum() > price * setup))
+            if found[-1]:
+                spent += setup + float(steps[gains.argmax(axis=1)].sum())
+        return found, spent
+
+    pairs = zip(falls, costs, strict=True)
+    high = max(float(f[np.isfinite(f)].max(initial=0.0)) / cost for f, cost in pairs)
+    low = high * 1e-9
+    for _ in range(_HALVINGS):
+        middle = math.sqrt(low * high)
+        if bought(middle)[1] <= budget:
+            high = middle
+        else:
+            low = middle
+    return bought(high)[0]
+
+
+def _falls(errors: Float64Array) -> Float64Array:
+    """By how much each error [out, N] is smaller than the first of its row."""
+    # An infinite error falls to any other at once; to an infinite one it does not fall.
+    first = errors[:, :1]
+    with np.errstate(invalid="ignore"):
+        return np.where(errors < first, first - errors, 0.0)
+
+
 _Step = tuple[float, int, int, int]  # -fall per cost, node, channel, terms afterwards
 
 
@@ -157,9 +228,7 @@ def _best_step(errors: Float64Array, cost: float) -> tuple[float, int] | None:
     """(fall per cost, number of terms) of the best step down from errors[0]."""
     if len(errors) < 2 or not errors[0] > errors[-1]:
         return None
-    # An infinite error falls to any other at once; to an infinite one it does not fall.
-    falls = np.where(errors[1:] < errors[0], errors[0] - errors[1:], 0.0)
-    falls /= cost * np.arange(1, len(errors))
+    falls = _falls(errors[np.newaxis])[0, 1:] / (cost * np.arange(1, len(errors)))
     best = int(np.argmax(falls))
     return float(falls[best]), best + 1
 

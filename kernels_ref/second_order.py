@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxq.kernels_ref.checks import FloatArray, check_float
+from onnxq.kernels_ref.checks import FloatArray, IntArray, check_float
 from onnxq.kernels_ref.digit import _float_at_most, _split, wide_dtype, wide_half_range
 from onnxq.kernels_ref.granularity import PerAxis, PerBlock
 from onnxq.kernels_ref.hessian import batched, check_damping, factor_all, least_squares_target
 from onnxq.kernels_ref.moments import Float64Array
-from onnxq.kernels_ref.offset import offset_range, realize_offset
+from onnxq.kernels_ref.offset import offset_range
+from onnxq.kernels_ref.partial import Coverage, realize_partial
 from onnxq.kernels_ref.quantize import half_range
-from onnxq.kernels_ref.series import Series, SeriesKind, realize, restore
+from onnxq.kernels_ref.series import SeriesKind
 
 __all__ = ["Candidate", "Prepared", "Rounded", "least_squares_target", "round_second_order"]
 
@@ -62,6 +63,7 @@ def round_second_order(
     damping: float = 0.01,
     act_order: bool = True,
     full_range: bool = False,
+    points: IntArray | None = None,
 ) -> Rounded:
     """Round target to a series with the given scales so that eᵀHe is small.
 
@@ -72,6 +74,7 @@ def round_second_order(
     rest. act_order: the columns with the largest inputs first. damping: share of the mean
     diagonal added to it, raised tenfold until the Cholesky decomposition holds. full_range: use all
     2**bits integers, as a series with an offset does; the caller takes the offset off the target.
+    points: int [out], how many of the terms each row has (partial.py); all of them if not given.
 
     A row keeps plain rounding (`realize`) where its eᵀHe, undamped, is not larger. Inputs that were
     always zero are rounded plainly; so is a group whose Hessian is not finite, with the reason.
@@ -79,7 +82,13 @@ def round_second_order(
     """
     prepared = Prepared.of(target, hessian, damping, act_order)
     found = prepared.round(
-        target, scales, bits=bits, kind=kind, block_size=block_size, full_range=full_range
+        target,
+        scales,
+        bits=bits,
+        kind=kind,
+        block_size=block_size,
+        full_range=full_range,
+        points=points,
     )
     return prepared.report(found)
 
@@ -136,18 +145,29 @@ class Prepared:
         kind: SeriesKind,
         block_size: int | None,
         full_range: bool = False,
+        points: IntArray | None = None,
     ) -> Candidate:
         """Round once, rows that plain rounding serves better plainly."""
         values = target.astype(np.float64)
-        if full_range:
-            series = _nearest_in_full_range(values, scales, kind, bits)
-        else:
-            granularity = PerAxis(0) if block_size is None else PerBlock(1, block_size)
-            series = realize(kind, values, scales, bits=bits, granularity=granularity)
+        series = realize_partial(
+            kind,
+            values,
+            scales,
+            Coverage(points, offset=full_range),
+            np.zeros(len(values)) if full_range else None,
+            bits=bits,
+            granularity=PerAxis(0) if block_size is None else PerBlock(1, block_size),
+        )
         own = [term.scale for term in series.terms]
-        rounder = _Rounder(own, kind, bits, block_size=block_size, groups=len(self.h))
-        if full_range:
-            rounder.lowest = float(offset_range(bits, len(own))[0])
+        rounder = _Rounder(
+            own,
+            kind,
+            bits,
+            block_size=block_size,
+            groups=len(self.h),
+            full_range=full_range,
+            points=points,
+        )
         terms, error = rounder.run(values, self.factors, self.order)
         none = np.zeros(len(values), dtype=np.bool_)
         found = Candidate(terms, _squared(error, self.h), none)
@@ -178,17 +198,28 @@ class _Rounder:
         *,
         block_size: int | None,
         groups: int,
+        full_range: bool,
+        points: IntArray | None,
     ) -> None:
         self.bits, self.terms, self.block_size = bits, len(scales), block_size
         self.digits = kind == "digit"
-        # A digit series is one wide integer until the end: one term with a larger range.
-        steps = scales[-1:] if self.digits else scales
-        limit = wide_half_range(bits, len(scales)) if self.digits else half_range(bits)
-        self.highest = float(_float_at_most(limit, np.dtype(np.float64)))
-        self.lowest = -self.highest
+        rows = len(scales[0])
+        counts = np.full(rows, len(scales)) if points is None else np.asarray(points, np.intp)
+        # A digit series is one wide integer until the end: one term with a larger range, which
+        # ends with the row's own last digit.
+        self.shift = bits * (len(scales) - counts)[:, np.newaxis]
         self.dtype = wide_dtype(bits, len(scales)) if self.digits else np.dtype(np.int8)
+        if self.digits:
+            steps = [np.stack(scales)[counts - 1, np.arange(rows)]]
+            limits = [_limits(bits, n, full_range) for n in range(1, len(scales) + 1)]
+            self.limits = [np.array(limits)[counts - 1].T]
+        else:
+            steps, h = list(scales), half_range(bits)
+            # what a row does not have is 0
+            self.limits = [np.outer((-h - full_range, h), counts > i) for i in range(len(scales))]
         # [groups, blocks, rows]; one block where scales are per channel
-        self.scales = [s.reshape(groups, s.shape[0] // groups, -1).swapaxes(1, 2) for s in steps]
+        self.scales = [s.reshape(groups, rows // groups, -1).swapaxes(1, 2) for s in steps]
+        self.limits = [pair.reshape(2, groups, -1).astype(np.float64) for pair in self.limits]
 
     def run(
         self, target: Float64Array, factors: Float64Array, order: npt.NDArray[np.intp]
@@ -214,7 +245,11 @@ class _Rounder:
                 # t - rounded, with rounded = value - rest
                 error[:, k] = t[:, k] - value + rest
         restored = [_restored(level, order, target.shape) for level in levels]
-        parts = _split(restored[0], self.bits, self.terms) if self.digits else restored
+        parts = (
+            _split(restored[0] << self.shift.astype(self.dtype), self.bits, self.terms)
+            if self.digits
+            else restored
+        )
         terms = tuple(part.astype(np.int8) for part in parts)
         return terms, np.asarray(_restored(error, order, target.shape))
 
@@ -227,22 +262,20 @@ class _Rounder:
         """Write the integers of one column per group, value [groups, rows]; return what is left."""
         blocks = columns // self.block_size if self.block_size else np.zeros_like(columns)
         rest: Float64Array = value.copy()
-        for steps, target in zip(self.scales, targets, strict=True):
+        for steps, target, limits in zip(self.scales, targets, self.limits, strict=True):
             scale = steps[np.arange(len(blocks)), blocks]
             level = np.rint(rest / scale)
-            level.clip(self.lowest, self.highest, out=level)
+            level.clip(*limits, out=level)
             target[...] = level
             level *= scale
             rest -= level
         return rest
 
 
-def _nearest_in_full_range(
-    values: Float64Array, scales: Sequence[FloatArray], kind: SeriesKind, bits: int
-) -> Series:
-    wide = [np.asarray(scale, values.dtype) for scale in scales]
-    integers = realize_offset(values, np.zeros(len(values)), wide, bits)
-    return restore(kind, integers, wide, shape=values.shape, bits=bits, granularity=PerAxis(0))
+def _limits(bits: int, terms: int, full_range: bool) -> tuple[float, float]:
+    """The (lowest, highest) wide integer of so many digits."""
+    highest = float(_float_at_most(wide_half_range(bits, terms), np.dtype(np.float64)))
+    return (float(offset_range(bits, terms)[0]) if full_range else -highest), highest
 
 
 def _squared(error: Float64Array, h: Float64Array) -> Float64Array:

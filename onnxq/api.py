@@ -22,6 +22,7 @@ from onnxq.options import Options
 from onnxq.outliers import Outliers
 from onnxq.pipeline import Complete, rewrite
 from onnxq.plan import Plan, scales_path
+from onnxq.points import ChoosePoints, PointsGoal
 from onnxq.report import Report, make_report
 from onnxq.session import open_session
 from onnxq.validation import (
@@ -115,7 +116,11 @@ def quantize(
     made_up = check.samples if check.samples is not None and check.samples.made_up else ()
     choose = None if chosen.uniform else Budgeted(chosen, samples, size_of(model), tell, made_up)
     if choose is not None:
-        choose.goal()  # refused before the work
+        choose.goal(Plan(nodes=[]))  # refused before the work
+    points = None
+    if chosen.points is not None and chosen.uniform:
+        goal = PointsGoal.parse(chosen.points)
+        points = ChoosePoints(goal, samples, size_of(model), tell)
     complete: list[Complete] = []
     if samples is not None and chosen.uniform:
         complete.append(Calibrated(chosen, samples, tell))
@@ -130,6 +135,7 @@ def quantize(
         tell,
         equalize=chosen.equalize,
         centre=chosen.choose_centre(calibrated=samples is not None),
+        points=points,
         choose=choose,
         priors=chosen.priors and samples is None,
         complete=complete,
@@ -186,7 +192,7 @@ def _samples(
             options.refuse_without_samples()
         if images is not None:
             raise ConfigError("image options without --calibration: give a folder of images")
-        if options.activations == "static" and plan is None:
+        if options.resolved_activations == "static" and plan is None:
             raise ConfigError(
                 "--activations static needs ranges of the activations: add --calibration "
                 "(an .npz, or a folder of images), or use --activations dynamic"

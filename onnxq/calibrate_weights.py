@@ -28,7 +28,7 @@ from onnxq.passes.calibrated_node import (
     shift_only,
 )
 from onnxq.passes.node_rows import NodeRows
-from onnxq.passes.node_samples import NodeSamples, Numbers
+from onnxq.passes.node_samples import MOST_ROWS, NodeSamples, Numbers
 from onnxq.passes.search_scales import SearchScales, match_plan, node_series
 from onnxq.passes.weights import LINEAR, Candidate, Weight
 from onnxq.plan import NodePlan, Plan
@@ -68,6 +68,7 @@ def calibrate_weights(
     descent: bool = True,
     budget_bytes: int = BUDGET_BYTES,
     seed: int = 0,
+    rows: int = MOST_ROWS,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Plan, tuple[str, ...]]:
@@ -85,6 +86,7 @@ def calibrate_weights(
         sums: whether a node that another activation is added to aims at the float model's sum.
         budget_bytes: for the tensors between nodes, of all samples and both variants.
         seed: of the positions that are drawn from large inputs.
+        rows: of a node's input, that its moments are summed over at most.
         threads: of onnxruntime; its default if not given.
         progress: called with (what, done, total).
 
@@ -99,7 +101,7 @@ def calibrate_weights(
     copies = {key: dict(getattr(plan, key)) for key in ("scales", "integers", "bias", "offsets")}
     made = SearchScales()(model, plan.model_copy(update=copies))
     settings = NodeSettings(measure, rounding, affine, bias_correction, descent)
-    walk = _Walk(model, made, settings, sums, seed, progress or _silent)
+    walk = _Walk(model, made, settings, sums, seed, rows, progress or _silent)
     for entry, (candidate, weight) in match_plan(model, made):
         walk.add(entry, candidate, weight, budget_bytes * _MOMENTS_SHARE)
     proto = _in_memory(model)
@@ -134,6 +136,7 @@ class _Walk:
     settings: NodeSettings
     sums: bool
     seed: int
+    rows: int
     progress: Progress
     sites: dict[str, _Site] = field(default_factory=dict)
     given: dict[str, Replacement] = field(default_factory=dict)
@@ -178,9 +181,11 @@ class _Walk:
     def _node(self, frontier: Frontier, site: _Site, index: int) -> None:
         plan, name = self.plan, site.entry.name
         fixed_offset = site.entry.offset and self.settings.rounding == "nearest"
-        partial = fixed_offset or site.entry.centre or name in plan.points
-        given = name in plan.integers or partial  # terms of parts keep what was found for them
-        twin = None if given else self._shared.get(site.shared_key)
+        # a term of the centre keeps what was found for it
+        given = name in plan.integers or fixed_offset or site.entry.centre
+        points = plan.points.get(name)
+        shared = (*site.shared_key, None if points is None else points.tobytes())
+        twin = None if given else self._shared.get(shared)
         if twin is not None:
             _copy_numbers(plan, twin, name)
         series = node_series(site.weight, site.entry, plan)
@@ -194,7 +199,7 @@ class _Walk:
             plan.scales[name], plan.integers[name] = found.scales, found.integers
             if found.series.offset is not None:
                 plan.offsets[name] = found.series.offset
-            self._shared[site.shared_key] = name
+            self._shared[shared] = name
         bias = plan.bias.get(name, found.bias.astype(np.float32))
         if bias.any():
             plan.bias[name] = bias
@@ -205,7 +210,8 @@ class _Walk:
         exact, quantized = frontier.inputs(site.entry.name, site.rows.slot)
         try:
             added = None if site.added is None else frontier.known(site.added)
-            return NodeSamples(site.rows, exact, quantized, self.seed + index, added)
+            seed = self.seed + index
+            return NodeSamples(site.rows, exact, quantized, seed, added, most_rows=self.rows)
         except ValueError as error:
             self.left[site.entry.name] = str(error)
             return None

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import ValidationError as Invalid
 
 from onnxq.model import Model
+from onnxq.passes.plan_points import point_bytes
 from onnxq.passes.search_scales import match_plan
 from onnxq.passes.select_nodes import default_series
 from onnxq.passes.stored_scales import expected_scale_bits
@@ -21,6 +22,7 @@ FLOAT_BYTES = 4
 # What a term takes in the file beside its numbers: names, a Cast, a Mul, constants' headers. It
 # depends on the lengths of names; what it really is, is found by writing small models.
 TERM_OVERHEAD = 300
+POINTS_OVERHEAD = 850  # the same, of a term that covers some channels
 _READING = frozenset({"activation_bits", "activation_terms"})
 
 
@@ -35,12 +37,15 @@ class Candidate:
             in float.
         columns: how many outlier columns of the activation may be multiplied in float. Which ones,
             the entry says; without the node has none.
+        share: of the output channels, that have the terms behind the first; which ones, `Costs`
+            finds. In merged float compute, where they take no time.
     """
 
     name: str
     change: Mapping[str, Any] = field(default_factory=dict)
     quantized: bool = True
     columns: int = 0
+    share: float = 1.0
 
     @property
     def reads(self) -> bool:
@@ -55,6 +60,8 @@ class Candidate:
             return None
         if self.columns and not entry.outliers:
             return None
+        if self.share < 1 and not self._can_have_points(entry, weight):
+            return None
         changed = dict(self.change)
         changed["outliers"] = entry.outliers if self.columns else ()
         if "series" not in changed and entry.series != "joint":
@@ -68,6 +75,14 @@ class Candidate:
             return NodePlan.model_validate({**entry.model_dump(), **changed})
         except Invalid:
             return None
+
+    def further(self, weight: Weight) -> int:
+        """How many output channels have the terms behind the first."""
+        return round(self.share * weight.out)
+
+    def _can_have_points(self, entry: NodePlan, weight: Weight) -> bool:
+        merged = entry.activations == "none" and entry.layout == "merged"
+        return merged and entry.form == "folded" and 0 < self.further(weight) < weight.out
 
 
 def bits(number: int, *, terms: int = 1, block_size: int | None = None) -> Candidate:
@@ -88,6 +103,11 @@ def reading(candidate: Candidate, number: int, terms: int) -> Candidate:
 def with_columns(candidate: Candidate, most: int) -> Candidate:
     """The candidate with at most so many outlier columns of the activation in float."""
     return replace(candidate, name=f"{candidate.name}+columns", columns=most)
+
+
+def with_points(candidate: Candidate, part: int) -> Candidate:
+    """The candidate with its further terms for one output channel in `part` alone (multipoint)."""
+    return replace(candidate, name=f"{candidate.name}@1/{part}", share=1 / part)
 
 
 LEFT_IN_FLOAT = Candidate("float", quantized=False)
@@ -111,6 +131,17 @@ EFFICIENT: tuple[Candidate, ...] = (
     bits(4, terms=3),
     bits(8, terms=2),
     LEFT_IN_FLOAT,
+)
+
+
+# Further terms for some channels (`--points auto`): they lie between widths, but hardly ever below
+# the line from one to the next; see docs/budgets.md.
+WITH_POINTS: tuple[Candidate, ...] = (
+    with_points(bits(4, terms=2), 8),
+    with_points(bits(4, terms=2), 4),
+    with_points(bits(5, terms=2), 16),
+    with_points(bits(6, terms=2), 16),
+    with_points(bits(6, terms=2), 8),
 )
 
 
@@ -183,6 +214,13 @@ def stored_bytes(entry: NodePlan, weight: Weight) -> int:
         scales, length = rows * blocks, blocks * block
     integers = -(-rows * length * stored_bits(entry, rows * length) // 8)
     return entry.terms * (integers + TERM_OVERHEAD) + expected_scale_bits(entry, scales) // 8
+
+
+def partial_bytes(entry: NodePlan, weight: Weight, channels: int) -> float:
+    """The same where only so many output channels have the terms behind the first."""
+    first = stored_bytes(entry.model_copy(update={"terms": 1}), weight)
+    more = channels * point_bytes(weight, entry, channels) + POINTS_OVERHEAD
+    return first + (entry.terms - 1) * more
 
 
 def products(entry: NodePlan, weight: Weight) -> int:

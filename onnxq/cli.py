@@ -112,14 +112,15 @@ def quantize(
     target_file: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write.")],
     weight_bits: Annotated[int | None, _option("weight_bits")] = None,
     terms: Annotated[int | None, _option("terms")] = None,
+    points: Annotated[str | None, _option("points", metavar="ERROR|SIZE")] = None,
     tolerance: Annotated[str | None, _option("tolerance", metavar="MEASURE=NUMBER")] = None,
     max_size: Annotated[str | None, _option("max_size", metavar="SIZE")] = None,
     max_latency: Annotated[str | None, _option("max_latency", metavar="RATIO")] = None,
     minimize: Annotated[Literal["size", "latency", "error"] | None, _option("minimize")] = None,
     best_effort: Annotated[bool, _option("best_effort", "--best-effort")] = False,
     activations: Annotated[
-        Literal["none", "dynamic", "static"], _option("activations")
-    ] = "dynamic",
+        Literal["auto", "none", "dynamic", "static"], _option("activations")
+    ] = "auto",
     layout: Annotated[Literal["auto", "parallel", "merged"], _option("layout")] = "auto",
     series: Annotated[Literal["auto", "fixed_ratio", "digit", "joint"], _option("series")] = "auto",
     block_size: Annotated[int | None, _option("block_size")] = None,

@@ -8,8 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxq.candidates import Candidate, Unit, applicable, products, stored_bytes, units
-from onnxq.kernels_ref import Series, series_scales
+from onnxq.candidates import (
+    Candidate,
+    Unit,
+    applicable,
+    partial_bytes,
+    products,
+    stored_bytes,
+    units,
+)
+from onnxq.kernels_ref import Series
+from onnxq.kernels_ref.multipoint import most_gained
+from onnxq.kernels_ref.partial import Coverage, partial_scales
 from onnxq.model import Model
 from onnxq.passes.probe_activations import (
     Modes,
@@ -19,6 +29,7 @@ from onnxq.passes.probe_activations import (
 )
 from onnxq.passes.search_scales import node_series
 from onnxq.passes.stored_scales import storable
+from onnxq.passes.weights import Weight
 from onnxq.plan import NodePlan, Plan
 
 Array = npt.NDArray[Any]
@@ -35,7 +46,7 @@ class Costs:
     Attributes:
         units, candidates, shape: rows and columns, and how many of them.
         entries, bytes, products: see `sensitivity.Table`.
-        scales: filled in by `weights`.
+        scales, points: filled in by `weights`; points only of candidates that have them.
         modes: of each unit, what it may read instead of its activation, and the options in which
             it does.
     """
@@ -46,6 +57,7 @@ class Costs:
         self.shape = (len(self.units), len(self.candidates))
         self.entries: dict[tuple[int, int], tuple[NodePlan, ...]] = {}
         self.scales: dict[tuple[int, int], tuple[Array, ...]] = {}
+        self.points: dict[tuple[int, int], Array] = {}
         self.modes: list[dict[Modes, list[int]]] = []
         # relative energies of what the first terms of a parallel series leave of the weight
         self._left: dict[tuple[int, int], list[float]] = {}
@@ -55,7 +67,7 @@ class Costs:
             self.modes.append({})
             for option, entries in applicable(what, self.candidates):
                 self.entries[unit, option] = entries
-                self.bytes[unit, option] = stored_bytes(entries[0], what.weight)
+                self.bytes[unit, option] = _bytes(self.candidates[option], entries[0], what.weight)
                 self.products[unit, option] = sum(products(e, what.weight) for e in entries)
                 modes = tuple(map(activation_mode, entries))
                 if any(modes):
@@ -107,7 +119,8 @@ class Costs:
         for option in range(self.shape[1]):
             if (unit, option) in self.entries:
                 entry = self.entries[unit, option][0]
-                key = f"{entry.scales_key()} {entry.form}" if entry.quantized else ""
+                share = self.candidates[option].share
+                key = f"{entry.scales_key()} {entry.form} {share}" if entry.quantized else ""
                 alike.setdefault(key, []).append(option)
         found = []
         for options in alike.values():
@@ -120,22 +133,45 @@ class Costs:
         entry = self.entries[unit, options[0]][0]
         if not entry.quantized:
             return exact
-        found = series_scales(
+        known = Plan(nodes=[entry])
+        candidate = self.candidates[options[0]]
+        if candidate.share < 1:
+            known.points[entry.name] = self._points(unit, entry, candidate, exact)
+            self.points.update({(unit, option): known.points[entry.name] for option in options})
+        _, found = partial_scales(
             entry.series,
             exact,
+            Coverage(known.points.get(entry.name)),
             bits=entry.bits,
             terms=entry.terms,
             granularity=entry.matrix_granularity(),
         )
         scales = storable(found, entry)
         self.scales.update({(unit, option): scales for option in options})
-        known = Plan(nodes=[entry])
         known.scales[entry.name] = scales
         series = node_series(self.units[unit].weight, entry, known)
         if entry.layout == "parallel":
             left = _left_by_terms(series, exact)
             self._left.update({(unit, option): left for option in options})
         return series.dequantize()
+
+    def _points(self, unit: int, entry: NodePlan, candidate: Candidate, exact: Array) -> Array:
+        """Further terms for the channels in which these take away most error, int8 [out]."""
+        chosen = most_gained(
+            entry.series,
+            exact,
+            bits=entry.bits,
+            terms=entry.terms,
+            granularity=entry.matrix_granularity(),
+            count=candidate.further(self.units[unit].weight),
+        )
+        return np.where(chosen, entry.terms, 1).astype(np.int8)
+
+
+def _bytes(candidate: Candidate, entry: NodePlan, weight: Weight) -> float:
+    if candidate.share < 1:
+        return partial_bytes(entry, weight, candidate.further(weight))
+    return stored_bytes(entry, weight)
 
 
 def _left_by_terms(series: Series, exact: Array) -> list[float]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from onnxq.comparison import Quartiles
 from onnxq.kernel_probes import Exactness, IntegerOp, Workload
 from onnxq.passes.forms import SAFE_BITS, Operator, TypePair, type_pair
+from onnxq.passes.gains import GAINS
 from onnxq.plan import Target
 from onnxq.session import CASTS_INT4, CONVOLVES_INT8, runtime_version
 from onnxq.targets import Found, cache_path, measure
@@ -161,6 +162,14 @@ def _advice(found: Found, support: tuple[KernelSupport, ...]) -> Iterator[str]:
     for use in _USES:
         yield _speed(found, use)
     yield _depthwise(found)
+    yield _default(found.target)
+
+
+def _default(target: Target) -> str:
+    """What is computed in integers where the user does not say, by the table."""
+    gains = [gain for gain in GAINS if target in gain.targets]
+    texts = [f"{gain.op}: {gain.condition} ({gain.reason})" for gain in gains]
+    return f"In integers by default (--activations auto) on {target}: {'; '.join(texts)}"
 
 
 def _was_busy(found: Found) -> bool:

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from pydantic import BaseModel, ConfigDict
 
 from onnxq.model import Model, get_metadata, graphs, is_constant, load
+from onnxq.options import Options
 from onnxq.passes import SelectNodes
 from onnxq.pipeline import canonicalize
 from onnxq.plan import NodePlan
@@ -72,7 +73,7 @@ def inspect(
     opset, nodes = loaded.opset, sum(len(graph.nodes) for _, graph in graphs(loaded))
     quantized = tuple(_quantized(loaded))
     canonicalize(loaded)
-    plan = (select or SelectNodes())(loaded)
+    plan = (select or Options().select())(loaded)
     return Inspection(
         opset=opset,
         nodes=nodes,

@@ -7,12 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic import ValidationError as Invalid
 
+from onnxq.compute import Asked, asked_activations, in_float
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
 from onnxq.passes import SelectNodes
 from onnxq.passes.choose_centre import ChooseCentre
+from onnxq.passes.gains import gains_everywhere
 from onnxq.passes.search_ranges import RangeMethod
-from onnxq.plan import Activations, Layout, Target
+from onnxq.plan import Layout, Plan, Target
+from onnxq.points import PointsGoal
 from onnxq.session import CASTS_INT4, CONVOLVES_INT8, FUSES_NBITS, runtime_version
 from onnxq.targets import resolve
 
@@ -41,11 +44,19 @@ class Options(BaseModel):
         description="Integer terms per weight, 1 to 8, the same in all nodes; 2 if only "
         "--weight-bits is given.",
     )
+    points: str | None = Field(
+        default=None,
+        description="Further terms, up to --terms, only for output channels that need them: 15% is "
+        "the error that a channel's output may keep; 40KB, or 0.02x of the float file, what all "
+        "further terms may take; auto: where bits are chosen per node, chosen with them (with "
+        "--activations none).",
+    )
     tolerance: str | None = Field(
         default=None,
         description="How right it must be: bits and terms are chosen per node. top1=0.5pt, "
         "agreement=99%, sqnr=30dB, mae=1%, cosine=0.999 or error=1%; if nothing else says how "
-        f"many bits, {DEFAULT_TOLERANCE_DYNAMIC}, and {DEFAULT_TOLERANCE} in float compute.",
+        f"many bits, {DEFAULT_TOLERANCE_DYNAMIC}, and {DEFAULT_TOLERANCE} where all nodes are in "
+        "float compute.",
     )
     max_size: str | None = Field(
         default=None, description="How large the file may be: 4MB, or 0.2x of the float one."
@@ -64,15 +75,17 @@ class Options(BaseModel):
     series: SeriesKind | Literal["auto"] = Field(
         default="auto", description="How the scales of the terms relate."
     )
-    activations: Activations = Field(
-        default="dynamic",
+    activations: Asked = Field(
+        default="auto",
         description="none: float compute; dynamic: integer compute, quantized at run time; static: "
-        "integer compute with ranges from --calibration.",
+        "integer compute with ranges from --calibration; auto: dynamic for the nodes that are "
+        "faster so on the --target, none for the others, unless another option needs one of them.",
     )
     layout: Layout | Literal["auto"] = Field(
         default="auto",
         description="parallel: a node per term, summed by Add; merged: one node; auto: parallel, "
-        "but merged for static, and for float compute where bits are chosen per node.",
+        "but merged for static, and for float compute where it or bits are chosen per node, "
+        "or with --points.",
     )
     target: Target | Literal["auto"] = Field(
         default="auto",
@@ -87,13 +100,13 @@ class Options(BaseModel):
     block_size: int | None = Field(
         default=None,
         ge=2,
-        description="One scale per so many inputs of a channel (with --activations none).",
+        description="One scale per so many inputs of a channel (float compute).",
     )
     activation_bits: int = Field(
         default=8, ge=2, le=8, description="Bits of each activation term, 2 to 8."
     )
     activation_terms: int = Field(
-        default=1, ge=1, le=4, description="Terms per activation (not with --activations none)."
+        default=1, ge=1, le=4, description="Terms per activation (integer compute)."
     )
     products: Literal["all", "triangular"] | Annotated[int, Field(ge=1)] = Field(
         default="triangular",
@@ -102,7 +115,7 @@ class Options(BaseModel):
     )
     offset: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="A constant per output channel beside the terms (with --activations none); "
+        description="A constant per output channel beside the terms (float compute); "
         "auto: where every node gets the same bits.",
     )
     centre: Literal["auto", "on", "off"] = Field(
@@ -126,7 +139,7 @@ class Options(BaseModel):
         default=8,
         ge=0,
         description="Columns of a MatMul's input that may be computed in float because they reach "
-        "far beyond the others (with --activations dynamic); 0 for none.",
+        "far beyond the others (dynamic integer compute); 0 for none.",
     )
     include: tuple[str, ...] = Field(
         default=(), description="Quantize only nodes whose name matches. Repeatable."
@@ -159,7 +172,7 @@ class Options(BaseModel):
         "models).",
     )
     ranges: RangeMethod = Field(
-        default="minmax", description="With --activations static: how ranges are chosen."
+        default="minmax", description="Static compute: how ranges are chosen."
     )
     effort: Literal["fast", "normal", "high"] = Field(
         default="normal",
@@ -194,7 +207,8 @@ class Options(BaseModel):
         named = (self.weight_bits, self.terms, self.block_size)
         return (
             any(value is not None for value in named)
-            or self.activations == "static"
+            or self.points not in (None, "auto")
+            or asked_activations(self) == "static"
             or (self.layout, self.series) != ("auto", "auto")
         )
 
@@ -208,42 +222,69 @@ class Options(BaseModel):
         """Whether bits and terms are chosen for the default tolerance."""
         return not self.uniform and not self.has_goal
 
-    @property
-    def effective_tolerance(self) -> str | None:
-        """The tolerance that holds."""
+    def tolerance_for(self, plan: Plan) -> str | None:
+        """The tolerance that holds for a plan as selected."""
         if not self.by_default:
             return self.tolerance
-        return DEFAULT_TOLERANCE if self.activations == "none" else DEFAULT_TOLERANCE_DYNAMIC
+        kind = self.resolved_activations
+        floats = in_float(plan) if kind == "auto" else kind == "none"
+        return DEFAULT_TOLERANCE if floats else DEFAULT_TOLERANCE_DYNAMIC
 
     @property
     def effective_minimize(self) -> Literal["size", "latency", "error"]:
         """What is made small."""
-        return self.minimize or ("error" if self.effective_tolerance is None else "size")
+        bounded = self.tolerance is not None or self.by_default
+        return self.minimize or ("size" if bounded else "error")
 
     @property
-    def resolved_layout(self) -> Layout:
-        """The layout, `auto` decided."""
+    def resolved_activations(self) -> Asked:
+        """The activations, `auto` decided by other options and the target.
+
+        Still `auto` where only some nodes gain by integers: SelectNodes then decides for each.
+        """
+        asked = asked_activations(self)
+        if asked == "auto" and gains_everywhere(resolve(self.target).target):
+            return "dynamic"
+        return asked
+
+    @property
+    def resolved_layout(self) -> Layout | Literal["auto"]:
+        """The layout, `auto` decided; still `auto` where activations are."""
         if self.layout != "auto":
             return self.layout
-        if self.activations == "none" and not self.uniform:
+        kind = self.resolved_activations
+        if kind == "auto":
+            return "auto"
+        if kind == "none" and (not self.uniform or self.points is not None):
             return "merged"  # in float compute a node per term costs time and gains nothing
-        return "merged" if self.activations == "static" else "parallel"
+        return "merged" if kind == "static" else "parallel"
+
+    @property
+    def merges_in_float(self) -> bool:
+        """Whether --layout merged is asked for with terms that are no digits of 8 bits together."""
+        if self.has_goal or self.layout != "merged":
+            return False
+        bits, terms = self.weight_bits or UNIFORM_BITS, self.terms or UNIFORM_TERMS
+        return terms > 1 and (terms * bits > 8 or self.series not in ("auto", "digit"))
 
     @property
     def _uniform_bits(self) -> int:
         if self.weight_bits is not None:
             return self.weight_bits
-        return 8 if self.activations == "static" and self.terms is None else UNIFORM_BITS
+        static = asked_activations(self) == "static" and self.points is None
+        return 8 if static and self.terms is None else UNIFORM_BITS
 
     @property
     def _uniform_terms(self) -> int:
         if self.terms is not None:
             return self.terms
-        return 1 if self.activations == "static" else UNIFORM_TERMS
+        static = asked_activations(self) == "static" and self.points is None
+        return 1 if static else UNIFORM_TERMS
 
     def _consistent(self) -> None:
-        self._consistent_goal()
-        if self.activation_terms > 1 and self.activations == "none":
+        asked = asked_activations(self)
+        self._consistent_goal(asked)
+        if self.activation_terms > 1 and asked == "none":
             raise ConfigError(
                 f"--activation-terms {self.activation_terms} needs --activations dynamic or static"
             )
@@ -252,16 +293,18 @@ class Options(BaseModel):
                 "--offset on needs --activations none, the same bits in every node, one scale per "
                 "channel, and --series digit or auto"
             )
-        if self.centre == "on" and (not self.uniform or self.activations == "static"):
+        if self.centre == "on" and (not self.uniform or asked == "static"):
             raise ConfigError(
                 "--centre on needs the same bits in every node (--weight-bits or --terms), and "
                 "--activations none or dynamic"
             )
-        if self.activations != "static" and "ranges" in self.model_fields_set:
+        if self.points is not None:
+            self._consistent_points(self.points, asked)
+        if asked != "static" and "ranges" in self.model_fields_set:
             raise ConfigError("--ranges needs --activations static")
-        if self.activations == "static" and self.activation_bits != 8:
+        if asked == "static" and self.activation_bits != 8:
             raise ConfigError("--activation-bits: static activations have 8 bits")
-        if self.activations == "none":
+        if asked in ("none", "auto"):
             return
         if self.block_size is not None:
             raise ConfigError(
@@ -269,9 +312,9 @@ class Options(BaseModel):
                 "one scale per output channel: add --activations none"
             )
         if self.resolved_layout == "merged" and self.uniform and self._uniform_terms > 1:
-            self._merges_as_integers()
+            self._merges_as_integers(f"--activations {asked}")
 
-    def _consistent_goal(self) -> None:
+    def _consistent_goal(self, asked: Asked) -> None:
         given = ("tolerance", "max_size", "max_latency")
         goal = "--" + next((o for o in given if getattr(self, o)), "tolerance").replace("_", "-")
         if not self.has_goal:
@@ -279,19 +322,50 @@ class Options(BaseModel):
                 if value:
                     raise ConfigError(f"--{option} needs --tolerance, --max-size or --max-latency")
             return
+        if self.points not in (None, "auto"):
+            raise ConfigError(
+                f"--points {self.points} beside {goal}: {goal} chooses terms; give --points auto, "
+                "or leave one out"
+            )
         for option in ("weight_bits", "terms", "block_size"):
             if getattr(self, option) is not None:
                 shown = option.replace("_", "-")
                 raise ConfigError(f"--{shown} beside {goal}: {goal} chooses it; leave one out")
-        if self.activations == "static" and (self.max_latency or self.minimize == "latency"):
+        if asked == "static" and (self.max_latency or self.minimize == "latency"):
             option = "--max-latency" if self.max_latency else "--minimize latency"
             raise ConfigError(
                 f"{option} with --activations static: single nodes are not timed in static "
                 "compute; use --max-size, or --activations dynamic or none"
             )
 
-    def _merges_as_integers(self) -> None:
-        compute = f"--activations {self.activations}"
+    def _consistent_points(self, points: str, asked: Asked) -> None:
+        if points == "auto":
+            if self.uniform:
+                raise ConfigError(
+                    "--points auto is for bits that are chosen per node: give the error that a "
+                    "channel may keep, as 15%, or a size, as 40KB"
+                )
+            if asked != "none":
+                raise ConfigError(
+                    f"--points auto with --activations {asked}: terms of some channels are chosen "
+                    "for float compute, where they take no time; add --activations none"
+                )
+            return
+        PointsGoal.parse(points)
+        if self._uniform_terms == 1:
+            raise ConfigError(
+                "--points with --terms 1: it gives further terms; raise --terms, or leave it out"
+            )
+        if self.centre == "on":
+            raise ConfigError(
+                "--points with --centre on: both decide about the second term; leave one out"
+            )
+        if self.matmul == "nbits":
+            raise ConfigError(
+                "--points with --matmul nbits: that kernel reads whole terms; leave one out"
+            )
+
+    def _merges_as_integers(self, compute: str) -> None:
         bits, terms = self._uniform_bits, self._uniform_terms
         if terms * bits > 8:
             raise ConfigError(
@@ -308,7 +382,7 @@ class Options(BaseModel):
     @property
     def _can_offset(self) -> bool:
         return (
-            self.activations == "none"
+            self.resolved_activations in ("none", "auto")  # auto: for the nodes in float compute
             and self.uniform
             and self.block_size is None
             and self.series in ("auto", "digit")
@@ -326,7 +400,10 @@ class Options(BaseModel):
         """The pass that plans terms of the centre tap, if any."""
         if self.centre == "on":
             return ChooseCentre(always=True)
-        wanted = self.centre == "auto" and self.activations == "none" and not calibrated
+        # auto: integer compute is then for MatMul alone, and a centre for Conv alone
+        floats = self.resolved_activations in ("none", "auto")
+        wanted = self.centre == "auto" and floats and not calibrated
+        wanted = wanted and self.points is None  # they decide about the second term
         return ChooseCentre() if wanted and self.uniform else None
 
     def refuse_without_samples(self) -> None:
@@ -357,7 +434,7 @@ class Options(BaseModel):
             terms=self._uniform_terms if self.uniform else BEFORE_CHOICE[1],
             series=self.series,
             block_size=self.block_size,
-            activations=self.activations,
+            activations=self.resolved_activations,
             activation_bits=self.activation_bits,
             activation_terms=self.activation_terms,
             products=self.products,

@@ -111,6 +111,7 @@ def rewrite(
     *,
     equalize: bool = False,
     centre: ChooseCentre | None = None,
+    points: Complete | None = None,
     choose: Choose | None = None,
     priors: bool = False,
     complete: Sequence[Complete] = (),
@@ -124,6 +125,7 @@ def rewrite(
         progress: called with (what, done, total).
         equalize: even out the channels of neighbouring layers before planning.
         centre: chooses selected nodes whose centre tap gets a term of its own.
+        points: gives the output channels of selected nodes different numbers of terms.
         choose: chooses bits and terms of the selected nodes.
         priors: round and correct what planning has no numbers for; see `without_data`.
         complete: what fills in a plan that has scales, by running the canonical model.
@@ -150,6 +152,8 @@ def rewrite(
         chosen = centre(model, chosen)
     given = set() if plan is None else set(plan.scales)
     notes: tuple[str, ...] = ()
+    if plan is None and points is not None:
+        chosen, notes = points(model, chosen)
     if plan is None and choose is not None:
         finish = partial(_with_priors, statistics) if priors else None
         chosen, notes = choose(model, chosen, finish)

@@ -57,7 +57,9 @@ def make_report(
         warnings += (f"{frozen} weights were listed as graph inputs; they are fixed constants now",)
     return Report(
         quantized=len(plan.quantized),
-        kinds=dict(Counter(describe(node) for node in plan.quantized)),
+        kinds=dict(
+            Counter(describe(node, partial=node.name in plan.points) for node in plan.quantized)
+        ),
         left_alone={node.name: node.reason for node in plan.nodes if node.reason},
         # a note says why a node is in float compute; an edited plan may have changed that
         notes={
@@ -89,11 +91,12 @@ def with_size(comparison: Comparison | None, sizes: tuple[int, int]) -> Comparis
     return comparison.model_copy(update={"size_ratio": sizes[1] / sizes[0]})
 
 
-def describe(node: NodePlan) -> str:
-    """One node's treatment in a few words."""
+def describe(node: NodePlan, *, partial: bool = False) -> str:
+    """One node's treatment in a few words; partial: some channels have fewer terms than others."""
     block = f" block {node.block_size}" if node.block_size else ""
     compute = _compute(node)
-    terms = f"{node.terms} term{'s' if node.terms > 1 else ''} of {node.bits} bits"
+    terms = "1 to " if partial else ""
+    terms += f"{node.terms} term{'s' if node.terms > 1 else ''} of {node.bits} bits"
     layout = f", {node.layout}" if node.terms > 1 else ""
     return f"{node.op_type}: {terms}{block}, {compute}{layout} ({node.series})"
 
@@ -114,7 +117,10 @@ def weight_bits(plan: Plan) -> float:
         if node.reason is not None:
             bits += FLOAT_BITS * count
             continue
-        bits += node.terms * stored_bits(node, int(count)) * count
+        points = plan.points.get(node.name, np.array(node.terms))
+        for covered in (count * float(np.mean(points > i)) for i in range(node.terms)):
+            bits += stored_bits(node, int(covered)) * covered
         if node.name in plan.scales:
-            bits += scale_bits(node, plan.scales[node.name])
+            share = float(np.mean(points)) / node.terms
+            bits += scale_bits(node, plan.scales[node.name]) * share
     return bits / parameters if parameters else 0.0

@@ -179,19 +179,21 @@ class _Site:
             return None
         known = Plan(nodes=[entries[0]])
         known.scales[entries[0].name] = table.scales[self.unit, option]
+        if (self.unit, option) in table.points:
+            known.points[entries[0].name] = table.points[self.unit, option]
         return matrix - node_series(self.weight, entries[0], known).dequantize()
 
     def _rounded(self, table: Table, option: int, matrix: Array) -> Array:
         """The weight's error with second-order rounding, each channel with its best clip ratio."""
         assert self.fit is not None
         entry = table.entries[self.unit, option][0]
-        scales = table.scales[self.unit, option]
+        scales, points = table.scales[self.unit, option], table.points.get((self.unit, option))
         hessian = self.fit.centred()[0]
         at_once = max(1, _ELEMENTS // matrix.size)
         best, least = np.zeros_like(matrix), np.full(len(matrix), np.inf)
         for start in range(0, len(_RATIOS), at_once):
             ratios = np.array(_RATIOS[start : start + at_once], np.float32)
-            error = _errors(matrix, scales, hessian, entry, ratios)
+            error = _errors(matrix, scales, hessian, entry, ratios, points=points)
             cost = _by_row(error, hessian)
             winner = cost.argmin(axis=0)
             rows = np.arange(len(matrix))
@@ -202,7 +204,13 @@ class _Site:
 
 
 def _errors(
-    matrix: Array, scales: Sequence[Array], hessian: Array, entry: NodePlan, ratios: Array
+    matrix: Array,
+    scales: Sequence[Array],
+    hessian: Array,
+    entry: NodePlan,
+    ratios: Array,
+    *,
+    points: Array | None,
 ) -> Array:
     """[ratios, out, in]: the error with the scales times each ratio, rounded in one call."""
     groups, (out, inputs), count = len(hessian), matrix.shape, len(ratios)
@@ -220,7 +228,13 @@ def _errors(
         for scale in map(np.asarray, scales)
     ]
     rounded = round_second_order(
-        target, trials, hessian, bits=entry.bits, kind=entry.series, block_size=entry.block_size
+        target,
+        trials,
+        hessian,
+        bits=entry.bits,
+        kind=entry.series,
+        block_size=entry.block_size,
+        points=None if points is None else stacked(points).reshape(-1),
     )
     series = restore(
         entry.series,

@@ -39,6 +39,7 @@ class Table:
         bytes: in the file. products: see `candidates.products`.
         entries: the entries of a unit with a candidate.
         scales: their scales, one array per term.
+        points: their terms per output channel, where these differ.
         stated: where `error` comes from.
         activation_error: the part of `error` that is due to quantized activations; 0 where they
             are not modelled.
@@ -53,6 +54,7 @@ class Table:
     scales: Mapping[tuple[int, int], tuple[Array, ...]] = field(repr=False)
     stated: str = "measured"
     activation_error: Array | float = 0.0
+    points: Mapping[tuple[int, int], Array] = field(default_factory=dict, repr=False)
 
     @property
     def weight_error(self) -> Array:
@@ -80,6 +82,7 @@ class Table:
                 continue
             changed = {e.name: e for unit in self.units for e in map(_left, unit.entries)}
             scales: dict[str, tuple[Array, ...]] = {}
+            points: dict[str, Array] = {}
             said = float(rest)
             for u, unit in enumerate(self.units):
                 if u not in there:
@@ -89,25 +92,30 @@ class Table:
                 for entry in self.entries[u, option]:
                     changed[entry.name] = entry
                     scales[entry.name] = self.scales[u, option]
+                    if (u, option) in self.points:
+                        points[entry.name] = self.points[u, option]
             nodes = [changed.get(node.name, node) for node in plan.nodes]
-            alone = plan.model_copy(update={"nodes": nodes, "scales": {**plan.scales, **scales}})
+            numbers = {"scales": {**plan.scales, **scales}, "points": {**plan.points, **points}}
+            alone = plan.model_copy(update={"nodes": nodes, **numbers})
             corrected[there, option] += (size(alone) - said) / len(there)
         return replace(self, bytes=corrected)
 
     def plan(self, plan: Plan, chosen: Sequence[int]) -> Plan:
         """The plan with one candidate per unit; entries that are no unit's stay as they are."""
         entries: dict[str, NodePlan] = {}
-        scales = dict(plan.scales)
+        scales, points = dict(plan.scales), dict(plan.points)
         for unit, option in enumerate(chosen):
             for entry in self.entries[unit, option]:
                 entries[entry.name] = entry
                 scales.pop(entry.name, None)
+                points.pop(entry.name, None)
                 if entry.quantized:
                     scales[entry.name] = self.scales[unit, option]
+                if (unit, option) in self.points:
+                    points[entry.name] = self.points[unit, option]
         nodes = [entries.get(node.name, node) for node in plan.nodes]
-        return plan.model_copy(
-            update={"nodes": nodes, "scales": scales, "integers": {}, "bias": {}}
-        )
+        numbers = {"scales": scales, "points": points, "integers": {}, "bias": {}}
+        return plan.model_copy(update={"nodes": nodes, **numbers})
 
 
 def estimate(model: Model, plan: Plan, candidates: Sequence[Candidate]) -> Table:
@@ -233,4 +241,5 @@ def _table(costs: Costs, error: Array, activation_error: Array | float, stated: 
         costs.scales,
         stated,
         activation_error,
+        costs.points,
     )

@@ -11,6 +11,7 @@ from onnxq.calibration import CalibrationSource, open_calibration
 from onnxq.candidates import EFFICIENT, INTEGER
 from onnxq.errors import ConfigError
 from onnxq.images import ImageOptions
+from onnxq.mixed import mixed
 from onnxq.model import load
 from onnxq.options import Options
 from onnxq.passes import Equalize
@@ -56,7 +57,8 @@ def sweep_model(
         if settings.get(name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} beside sweep, which chooses it")
     options = Options.checked(**settings)
-    if options.activations == "static":
+    kind = options.resolved_activations
+    if kind == "static":
         raise ConfigError("--activations static: sweep is for none and dynamic")
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -73,7 +75,7 @@ def sweep_model(
         samples,
         folder=target,
         points=points,
-        candidates=EFFICIENT if options.activations == "none" else INTEGER,
+        candidates={"none": EFFICIENT, "dynamic": INTEGER}.get(kind) or mixed(EFFICIENT, INTEGER),
         latency=latency,
         threads=threads,
         progress=progress,

@@ -16,14 +16,13 @@ from onnxq.kernels_ref import (
     fit_affine,
     keep_if_better,
     least_squares_target,
-    realize,
     restore,
     round_second_order,
     search_clip,
-    series_scales,
     spread,
 )
-from onnxq.kernels_ref.offset import spanning_scales
+from onnxq.kernels_ref.partial import Coverage, realize_partial
+from onnxq.passes.channel_terms import of_each, spanning, terms_per_channel, unclipped_scales
 from onnxq.passes.node_samples import NodeSamples, Numbers
 from onnxq.passes.rounded_clip import search_rounded_clip
 from onnxq.passes.stored_scales import storable
@@ -89,7 +88,8 @@ def plan_node(
     wanted = Wanted.of(samples, settings)
     first = wanted.corrected(plain)
     if chosen is found:
-        rounded = _rounded_at_last(samples, wanted.target(pull), entry, settings, damping)
+        target = wanted.target(pull)
+        rounded = _rounded_at_last(samples, target, grid.points, entry, settings, damping=damping)
         found = wanted.corrected(rounded)
         chosen = found if samples.held.error(found) <= samples.held.error(first) else first
     else:
@@ -108,22 +108,28 @@ def shift_only(samples: NodeSamples, series: Series, settings: NodeSettings) -> 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Where the levels of a series lie: its scales, and its offset [out] if it has one."""
+    """Where the levels of a series lie: its scales, and its offset [out] if it has one.
+
+    `points`, int [out], are the numbers of the channels' terms where these differ.
+    """
 
     scales: tuple[Array, ...]
     offset: Array | None = None
+    points: Array | None = None
 
     @classmethod
     def first(cls, target: Array, plain: Series, entry: NodePlan) -> Grid:
         """The one that roundings are compared on: that of `plain`, or absmax."""
+        points = terms_per_channel(plain)
         if plain.offset is None:
-            return cls(_unclipped(target, entry))
-        return cls(tuple(np.asarray(term.scale) for term in plain.terms), plain.offset)
+            return cls(unclipped_scales(target, entry, points), points=points)
+        return cls(tuple(np.asarray(term.scale) for term in plain.terms), plain.offset, points)
 
     def some(self, rows: slice) -> Grid:
         """The grid of some output channels."""
         scales = tuple(scale[rows] for scale in self.scales)
-        return Grid(scales, None if self.offset is None else self.offset[rows])
+        offset, points = (None if a is None else a[rows] for a in (self.offset, self.points))
+        return Grid(scales, offset, points)
 
     def without_offset(self, target: Array) -> Array:
         """What the terms are to make of a target [out, in]."""
@@ -237,54 +243,53 @@ def _moments(samples: NodeSamples, settings: NodeSettings) -> tuple[Array, Array
     return moments.centred() if settings.bias_correction else (moments.hessian, moments.cross)
 
 
-def _unclipped(target: Array, entry: NodePlan) -> tuple[Array, ...]:
-    found = series_scales(
-        entry.series,
-        target,
-        bits=entry.bits,
-        terms=entry.terms,
-        granularity=entry.matrix_granularity(),
-    )
-    return storable([_positive(scale) for scale in found], entry)
-
-
 def _rounded_at_last(
-    samples: NodeSamples, target: Array, entry: NodePlan, settings: NodeSettings, damping: float
+    samples: NodeSamples,
+    target: Array,
+    points: Array | None,
+    entry: NodePlan,
+    settings: NodeSettings,
+    *,
+    damping: float,
 ) -> Series:
     """With the clip ratios that are best for this target; then single integers are changed."""
-    grid = _clipped(samples, target, entry, settings, damping=damping)
+    grid = _clipped(samples, target, points, entry, settings, damping=damping)
     series = _rounded(samples, target, grid, entry, settings, damping=damping)
     if settings.rounding == "nearest" or not settings.descent:
         return series
-    *first, last = series.terms
+    out = len(target)
+    last = np.full(out, len(series) - 1) if points is None else points.astype(np.intp) - 1
+    scales = [spread(term.scale, target.shape, term.granularity) for term in series.terms]
     changed = descend(
-        last.q.astype(np.int8, copy=False),
-        np.broadcast_to(spread(last.scale, target.shape, last.granularity), target.shape),
+        of_each([term.q.astype(np.int8, copy=False) for term in series.terms], last),
+        of_each([np.broadcast_to(scale, target.shape) for scale in scales], last),
         target - series.dequantize(),
         _moments(samples, settings)[0],
         bits=entry.bits,
         damping=damping,
         full_range=grid.offset is not None,
     )
-    return replace(series, terms=(*first, replace(last, q=changed)))
-
-
-def _positive(scale: Array) -> Array:
-    return np.asarray(np.maximum(scale, np.finfo(np.float32).tiny), np.float32)
+    terms = (
+        replace(term, q=np.where((last == i)[:, np.newaxis], changed, term.q))
+        for i, term in enumerate(series.terms)
+    )
+    return replace(series, terms=tuple(terms))
 
 
 def _clipped(
     samples: NodeSamples,
     target: Array,
+    points: Array | None,
     entry: NodePlan,
     settings: NodeSettings,
     *,
     damping: float,
 ) -> Grid:
-    scales = _unclipped(target, entry)
+    scales = unclipped_scales(target, entry, points)
     by_rounding = settings.rounding == "second_order" and entry.block_size is None
-    if settings.measure == "absmax" and not (by_rounding and entry.offset):
-        return Grid(scales)
+    unclipped = settings.measure == "absmax" or (points is not None and not by_rounding)
+    if unclipped and not (by_rounding and entry.offset):
+        return Grid(scales, points=points)
     hessian, _ = _moments(samples, settings)
     judge = None
     if settings.measure == "mae":
@@ -294,19 +299,19 @@ def _clipped(
         judge = OutputSamples(x - centre)
     if by_rounding:
         if entry.offset:
-            scales = spanning_scales(target, bits=entry.bits, terms=entry.terms)
-        return Grid(
-            *search_rounded_clip(
-                target,
-                scales,
-                hessian,
-                bits=entry.bits,
-                kind=entry.series,
-                damping=damping,
-                with_offset=entry.offset,
-                samples=judge,
-            )
+            scales = spanning(target, entry, points)
+        found, offset = search_rounded_clip(
+            target,
+            scales,
+            hessian,
+            bits=entry.bits,
+            kind=entry.series,
+            damping=damping,
+            with_offset=entry.offset,
+            samples=judge,
+            points=points,
         )
+        return Grid(found, offset, points)
     found = search_clip(
         target,
         scales,
@@ -331,7 +336,14 @@ def _rounded(
 ) -> Series:
     granularity = entry.matrix_granularity()
     if settings.rounding == "nearest":
-        return realize(entry.series, target, grid.scales, bits=entry.bits, granularity=granularity)
+        return realize_partial(
+            entry.series,
+            target,
+            grid.scales,
+            Coverage(grid.points),
+            bits=entry.bits,
+            granularity=granularity,
+        )
     rounded = round_second_order(
         grid.without_offset(target),
         grid.scales,
@@ -341,6 +353,7 @@ def _rounded(
         block_size=entry.block_size,
         damping=damping,
         full_range=grid.offset is not None,
+        points=grid.points,
     )
     series = restore(
         entry.series,

@@ -41,12 +41,13 @@ class PlanPoints:
     The error of a channel is that of its output, squared, as a share of the output itself: over the
     samples of `observe`, or, without, for white inputs. Either `tolerance`, the error that is
     allowed to a channel, or `budget`, the bytes that the terms beyond the first may take in all,
-    given to the channels with the largest fall of error per byte. Nodes that share a weight get the
-    same points.
+    given to the channels with the largest fall of error per byte; `setup` are the bytes that each
+    node with such terms takes besides. Nodes that share a weight get the same points.
     """
 
     tolerance: float | None = None
     budget: int | None = None
+    setup: float = 0.0
     observe: Observe | None = None
     samples: int = 1
     progress: Progress = no_progress
@@ -60,7 +61,15 @@ class PlanPoints:
             CalibrationError: the model fails on a sample.
         """
         self._check()
-        errors = self.errors(model, plan)
+        return self.choose(model, plan, self.errors(model, plan))
+
+    def choose(self, model: Model, plan: Plan, errors: Mapping[str, Array]) -> Plan:
+        """The same from errors that are known, as `errors` gives them.
+
+        Raises:
+            ConfigError: as above.
+        """
+        self._check()
         sites = [site for site in match_plan(model, plan) if site[0].name in errors]
         shared = _shared(sites)
         joined = [np.maximum.reduce([errors[name] for name in names]) for names in shared]
@@ -97,7 +106,7 @@ class PlanPoints:
         if self.tolerance is not None:
             return [points_for_tolerance(found, self.tolerance) for found in errors]
         costs = [point_bytes(weight, entry) for entry, (_, weight) in sites]
-        return list(points_for_budget(errors, costs, float(self.budget or 0)))
+        return list(points_for_budget(errors, costs, float(self.budget or 0), self.setup))
 
     def _errors(self, sites: list[_Site], plan: Plan) -> Iterator[tuple[NodePlan, Array]]:
         """The errors [out, terms] of each node."""
@@ -140,12 +149,16 @@ class PlanPoints:
         }
 
 
-def point_bytes(weight: Weight, entry: NodePlan) -> float:
-    """Bytes in the file of one more term of one output channel: integers, scales, and its index."""
+def point_bytes(weight: Weight, entry: NodePlan, channels: int | None = None) -> float:
+    """Bytes in the file of one more term of one output channel: integers, scales, and its index.
+
+    channels: how many have that term; nearly all if not given.
+    """
     inputs = weight.size // weight.out
+    count = weight.size if channels is None else channels * inputs
     scales = 1 if entry.block_size is None else -(-inputs // entry.block_size)
     index = compact_indices(np.zeros(1, np.int64), weight.out).itemsize
-    return inputs * stored_bits(entry, weight.size) / 8 + scales * SCALE_BYTES + index
+    return inputs * stored_bits(entry, count) / 8 + scales * SCALE_BYTES + index
 
 
 def _can_have(entry: NodePlan) -> bool:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from onnxq.kernels_ref import PerAxis, SeriesKind, restore, round_second_order
 from onnxq.kernels_ref.clip_search import OutputSamples
-from onnxq.kernels_ref.offset import spanned_offset
+from onnxq.passes.channel_terms import offset_of
 
 Array = npt.NDArray[Any]
 
@@ -37,13 +37,14 @@ def search_rounded_clip(
     damping: float,
     with_offset: bool = False,
     samples: OutputSamples | None = None,
+    points: Array | None = None,
 ) -> tuple[tuple[Array, ...], Array | None]:
     """(The scales times, per output channel, the ratio with the least output error, offset).
 
     target: float [out, in]. scales: float [out] per term. hessian: float64 [groups, in, in], rows
     of target group after group. The error is dᵀHd; with `samples` the mean absolute error of the
     output on their x, [groups, n, in]. with_offset: the levels are those of a series with an
-    offset, which is that of `spanned_offset`.
+    offset, which is that of `offset_of`. points: int [out], the number of each row's terms.
     """
     groups, (out, inputs) = len(hessian), target.shape
     at_once = max(1, MOST_ELEMENTS // target.size)
@@ -59,8 +60,11 @@ def search_rounded_clip(
         trials = [np.maximum(trial, np.finfo(trial.dtype).tiny) for trial in trials]
         stacked = np.repeat(target.reshape(groups, 1, -1, inputs), len(ratios), axis=1)
         stacked = stacked.reshape(-1, inputs)
+        counts = None
+        if points is not None:
+            counts = np.repeat(points.reshape(groups, 1, -1), len(ratios), axis=1).reshape(-1)
         if with_offset:
-            offset = spanned_offset(stacked, trials[-1], bits, len(scales))
+            offset = offset_of(stacked, trials, bits, counts)
             stacked = stacked - offset[:, np.newaxis]
         rounded = round_second_order(
             stacked,
@@ -70,6 +74,7 @@ def search_rounded_clip(
             kind=kind,
             damping=damping,
             full_range=with_offset,
+            points=counts,
         )
         series = restore(
             kind, rounded.terms, trials, shape=stacked.shape, bits=bits, granularity=PerAxis(0)
@@ -84,7 +89,7 @@ def search_rounded_clip(
         least = np.minimum(cost, least)
     if not with_offset:
         return tuple(best), None
-    return tuple(best), spanned_offset(target, best[-1], bits, len(scales))
+    return tuple(best), offset_of(target, best, bits, points)
 
 
 def _costs(error: Array, hessian: Array, samples: OutputSamples | None) -> Array:

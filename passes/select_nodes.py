@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
 from onnxq.model import Model, get_metadata
+from onnxq.passes.gains import Gains
 from onnxq.passes.lower_nbits import reason_against_nbits
 from onnxq.passes.weights import LINEAR, Candidate, Weight, candidates, check_finite
 from onnxq.plan import (
@@ -30,6 +31,9 @@ from onnxq.plan import (
 class SelectNodes:
     """Make the plan of a model: an entry per node that has, or could have, a weight.
 
+    Activations "auto" are dynamic where the target gains by it (passes/gains.py), else none; layout
+    "auto" is parallel for dynamic activations, else merged.
+
     Given:   Conv, ConvTranspose, MatMul, LSTM, GRU, RNN, and with `embeddings` Gather, whose
              weights are constant and float32
     Result:  a NodePlan with bits, terms, series, granularity, activations and layout, or a reason
@@ -39,8 +43,8 @@ class SelectNodes:
     terms: int = 2
     series: SeriesKind | Literal["auto"] = "auto"
     block_size: int | None = None
-    activations: Activations = "dynamic"
-    layout: Layout = "parallel"
+    activations: Activations | Literal["auto"] = "dynamic"
+    layout: Layout | Literal["auto"] = "parallel"
     packing: Packing = "int4"
     conv_activations: ActivationType = "int8"
     target: Target = "cpu-avx2"
@@ -63,7 +67,8 @@ class SelectNodes:
         """
         found = list(candidates(model, embeddings=self.embeddings))
         self._check_globs([candidate.name for candidate in found])
-        return Plan(nodes=[self._plan_node(candidate) for candidate in found])
+        gains = Gains.of(found, self.target)
+        return Plan(nodes=[self._plan_node(candidate, gains) for candidate in found])
 
     def _check_globs(self, names: list[str]) -> None:
         for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
@@ -74,15 +79,16 @@ class SelectNodes:
                     hint = hint or "see `onnxq inspect` for the names"
                     raise ConfigError(f"{option} {glob!r} matches no quantizable node; {hint}")
 
-    def _plan_node(self, candidate: Candidate) -> NodePlan:
+    def _plan_node(self, candidate: Candidate, gains: Gains) -> NodePlan:
         name, node, found = candidate.name, candidate.node, candidate.found
         if isinstance(found, str):
             return NodePlan(name=name, op_type=node.op, reason=_already(node) or found)
         reason = self._unwanted(name)
         if not reason:
             check_finite(name, node, found)
-        activations, note = self._activations(candidate, found)
-        form, refused = self._form(node, found, activations)
+        activations, note = self._activations(candidate, found, gains)
+        layout = self._layout(node, activations)
+        form, refused = self._form(node, found, activations, layout)
         return NodePlan(
             name=name,
             op_type=node.op,
@@ -93,7 +99,7 @@ class SelectNodes:
             note=note or refused,
             bits=self.bits,
             terms=self.terms,
-            series=self._series(activations),
+            series=self._series(activations, layout),
             granularity="per_block" if self.block_size else "per_channel",
             block_size=self.block_size,
             activations=activations,
@@ -101,9 +107,9 @@ class SelectNodes:
             conv_activations=self.conv_activations,
             target=self.target,
             form=form,
-            offset=self.offset and form == "folded" and node.op != "Gather",
+            offset=self._offset(node, activations) and form == "folded",
             **self._activation_terms(activations),
-            layout=self.layout if node.op in LINEAR else "merged",
+            layout=layout,
         )
 
     def _unwanted(self, name: str) -> str | None:
@@ -114,7 +120,9 @@ class SelectNodes:
             return "not matched by --include"
         return None
 
-    def _activations(self, candidate: Candidate, weight: Weight) -> tuple[Activations, str | None]:
+    def _activations(
+        self, candidate: Candidate, weight: Weight, gains: Gains
+    ) -> tuple[Activations, str | None]:
         node = candidate.node
         if self.activations == "none":
             return "none", None
@@ -122,6 +130,8 @@ class SelectNodes:
             return "none", f"{node.op}: float compute"
         if weight.slot == 0:
             return "none", "constant left operand: float compute"
+        if self.activations == "auto" and (reason := gains.why_float(node.op, weight)):
+            return "none", reason
         if self.activations == "static" and candidate.inner:
             return "none", "inside a body: float compute, since its tensors are not calibrated"
         if self._has_products and _is_depthwise(node, weight):
@@ -130,15 +140,27 @@ class SelectNodes:
             return "none", "3-D: float compute, since onnxruntime has no fast 3-D ConvInteger"
         if node.op == "MatMul" and len(weight.shape) > 2 and _is_vector(node.inputs[0]):
             return "none", "vector times batched weight: float compute, as scales do not broadcast"
-        return self.activations, None
+        return "dynamic" if self.activations == "auto" else self.activations, None
 
     @property
     def _has_products(self) -> bool:
         """Whether integer nodes are ConvInteger and MatMulInteger."""
-        return self.activations == "dynamic" or self.activation_terms > 1
+        return self.activations in ("auto", "dynamic") or self.activation_terms > 1
+
+    def _layout(self, node: gs.Node, activations: Activations) -> Layout:
+        if node.op not in LINEAR:
+            return "merged"
+        if self.layout != "auto":
+            return self.layout
+        return "parallel" if activations == "dynamic" else "merged"
+
+    def _offset(self, node: gs.Node, activations: Activations) -> bool:
+        """Whether there is an offset: in float compute only, where that is chosen per node."""
+        wanted = self.offset and node.op != "Gather"
+        return wanted and (self.activations != "auto" or activations == "none")
 
     def _form(
-        self, node: gs.Node, weight: Weight, activations: Activations
+        self, node: gs.Node, weight: Weight, activations: Activations, layout: Layout
     ) -> tuple[WeightForm, str | None]:
         """How a weight computed in float reaches its kernel; why not as nbits, if asked for."""
         if node.op != "MatMul" or activations != "none" or self.matmul == "folded":
@@ -148,7 +170,7 @@ class SelectNodes:
             weight,
             terms=self.terms,
             block_size=self.block_size,
-            merged=self.layout == "merged",
+            merged=layout == "merged",
         )
         if reason is None and not self.fuses_nbits:
             reason = "onnxruntime before 1.25 may dequantize it at every run"
@@ -176,10 +198,10 @@ class SelectNodes:
             "products": self.products,
         }
 
-    def _series(self, activations: Activations) -> SeriesKind:
+    def _series(self, activations: Activations, layout: Layout) -> SeriesKind:
         if self.series != "auto":
             return self.series
-        if self.layout == "merged" and activations != "none" and self.terms > 1:
+        if layout == "merged" and activations != "none" and self.terms > 1:
             return "digit"  # the only one whose terms can be summed as integers
         return default_series(self.terms)
 

@@ -14,6 +14,7 @@ from onnxq.kernels_ref import InputMoments, PerAxis, PerBlock, PerTensor, expand
 from onnxq.kernels_ref.multipoint import (
     channel_errors,
     greedy_scales,
+    most_gained,
     point_errors,
     points_for_budget,
     points_for_tolerance,
@@ -245,3 +246,45 @@ class TestBudget:
     def test_refuses_a_free_term(self):
         with pytest.raises(ValueError, match="positive"):
             points_for_budget([np.ones((1, 2))], [0.0], 1.0)
+
+
+class TestSetup:
+    """What a node with further terms costs beside them."""
+
+    def test_many_small_gains_are_not_worth_it(self):
+        """Ten channels spread over ten nodes pay ten times; in one node once."""
+        spread = [np.array([[1.0, 0.0]])] * 10
+        together = np.tile([[1.0, 0.0]], (10, 1))
+        points = points_for_budget([*spread, together], [1.0] * 11, 20.0, setup=10.0)
+        assert [p.max() for p in points] == [1] * 10 + [2]
+        assert (points[-1] == 2).all()
+
+    @given(
+        errors=st.lists(st.lists(st.floats(0, 10), min_size=2, max_size=5), min_size=1, max_size=5),
+        setup=st.floats(0.1, 20),
+        budget=st.floats(0, 100),
+    )
+    @SETTINGS
+    def test_the_budget_is_kept(self, errors, setup, budget):
+        tables = [np.stack([first, np.zeros(len(first))], axis=1) for first in errors]
+        costs = [1.0 + i for i in range(len(tables))]
+        points = points_for_budget(tables, costs, budget, setup)
+        spent = sum(
+            cost * int((p - 1).sum()) + setup * bool((p > 1).any())
+            for cost, p in zip(costs, points, strict=True)
+        )
+        assert spent <= budget * (1 + 1e-9)
+
+    def test_no_node_is_worth_it(self):
+        assert points_for_budget([np.array([[1.0, 0.0]])], [1.0], 5.0, setup=10.0)[0].tolist() == [
+            1
+        ]
+
+
+def test_most_gained_are_those_with_the_largest_error_of_their_own():
+    """Loud rows err most though all err alike relative to themselves."""
+    w = W.copy()
+    w[[2, 5]] *= 100
+    options = {"bits": 4, "terms": 2, "granularity": PerAxis(0)}
+    assert np.flatnonzero(most_gained("digit", w, count=2, **options)).tolist() == [2, 5]
+    assert not most_gained("digit", w, count=0, **options).any()

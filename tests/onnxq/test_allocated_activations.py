@@ -111,9 +111,8 @@ def test_the_cheaper_way_where_both_reach_it() -> None:
 def test_quantize_keeps_what_allocation_decided(text: str, columns: tuple[int, ...]) -> None:
     """No columns are taken out afterwards: the tolerance is kept without."""
     rows = np.concatenate([feed["x"] for feed in samples(8)])
-    made = onnxq.quantize(uneven(), tolerance=text, effort="fast", calibration={"x": rows})
+    settings = {"activations": "dynamic", "effort": "fast", "calibration": {"x": rows}}
+    made = onnxq.quantize(uneven(), tolerance=text, **settings)
     assert {n.name: n.outliers for n in made.plan.nodes} == {"far": columns, "near": ()}
-    none = onnxq.quantize(
-        uneven(), tolerance="error=10%", effort="fast", outliers=0, calibration={"x": rows}
-    )
+    none = onnxq.quantize(uneven(), tolerance="error=10%", outliers=0, **settings)
     assert not any(node.outliers for node in none.plan.nodes)

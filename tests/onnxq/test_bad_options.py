@@ -40,10 +40,32 @@ OPTIONS = [
     ("--weight-bits 9", ["--weight-bits 9", "less than or equal to 8"]),
     ("--weight-bits abc", ["'--weight-bits'", "valid integer"]),
     ("--block-size 1 --activations none", ["--block-size 1", "greater than or equal to 2"]),
-    ("--block-size 32", ["--block-size 32 needs float compute", "--activations none"]),
-    ("--layout merged --weight-bits 5", ["2 terms of 5 bits need 10", "lower --terms"]),
-    ("--layout merged --terms 3", ["3 terms of 4 bits need 12"]),
-    ("--layout merged --series joint", ["--series joint", "needs --series digit"]),
+    (
+        "--block-size 32 --activations dynamic",
+        ["--block-size 32 needs float compute", "--activations none"],
+    ),
+    (
+        "--layout merged --weight-bits 5 --activations dynamic",
+        ["2 terms of 5 bits need 10", "lower --terms"],
+    ),
+    ("--layout merged --terms 3 --activations dynamic", ["3 terms of 4 bits need 12"]),
+    (
+        "--layout merged --series joint --activations dynamic",
+        ["--series joint", "needs --series digit"],
+    ),
+    (
+        "--block-size 32 --activation-terms 2",
+        [
+            "--block-size 32 needs --activations none, but --activation-terms 2 needs "
+            "--activations dynamic or static: leave one out"
+        ],
+    ),
+    ("--matmul nbits --outliers 4", ["--matmul nbits needs", "--outliers 4 needs", "leave one"]),
+    ("--layout merged --terms 3 --products all", ["--layout merged with such terms needs"]),
+    ("--ranges mse --activation-bits 7", ["--ranges mse needs --activations static, but"]),
+    ("--ranges mse", ["--activations static needs ranges", "add --calibration"]),
+    ("--ranges mse --activations dynamic", ["--ranges needs --activations static"]),
+    ("--max-latency fast", ["--max-latency 'fast'", "as 0.5x"]),
     ("--tolerance good", ["--tolerance 'good'", "give one of top1=0.5pt"]),
     ("--tolerance top1=x", ["--tolerance 'top1=x'", "top1=0.5pt"]),
     ("--tolerance error=1% --terms 2", ["--terms beside --tolerance", "leave one out"]),

@@ -61,9 +61,14 @@ def test_the_closest_on_request(tmp_path: Path) -> None:
 
 
 def test_the_default_says_what_it_chose(tmp_path: Path) -> None:
-    out = " ".join(works("quantize", DEMO, tmp_path / "out.onnx").split())
-    assert "error=5% (the default tolerance), estimated from the weights" in out
-    assert "left in float" not in out
+    for options, bound in (
+        (("--activations", "dynamic"), "5%"),
+        (("--target", "cpu-avx2"), "2%"),
+        (("--target", "cpu-arm"), "5%"),
+    ):
+        out = " ".join(works("quantize", DEMO, tmp_path / "out.onnx", *options).split())
+        assert f"error={bound} (the default tolerance), estimated from the weights" in out
+        assert "left in float" not in out
 
 
 def test_sweep(tmp_path: Path) -> None:
@@ -84,3 +89,12 @@ def test_sweep_overwrites_nothing(tmp_path: Path) -> None:
     done = command("sweep", DEMO, tmp_path, "--calibration", CALIBRATION)
     assert (done.code, "not empty" in done.err) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("size", ["60KB", "75KB", "100KB"])
+@pytest.mark.parametrize("data", [(), ("--calibration", CALIBRATION, "--effort", "fast")])
+def test_the_file_itself_keeps_the_size(tmp_path: Path, size: str, data: tuple[str, ...]) -> None:
+    """With the plan that it holds, and the biases that are added at last."""
+    target = tmp_path / "out.onnx"
+    works("quantize", DEMO, target, "--max-size", size, *FLOAT, *data)
+    assert 0.8 < target.stat().st_size / (1000 * int(size[:-2])) <= 1

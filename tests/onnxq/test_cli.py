@@ -36,6 +36,8 @@ OPTIONS = [
     "--terms 3",
     *(f"--series {series}" for series in ("fixed_ratio", "digit", "joint")),
     "--layout merged",
+    "--activations dynamic",
+    "--activations dynamic --layout merged",
     "--activations none",
     "--activations none --layout merged",
     "--activations none --block-size 8",
@@ -102,6 +104,7 @@ def test_summary(tmp_path: Path) -> None:
     out = works(
         *("quantize", DEMO, tmp_path / "out.onnx", "--data", DIGITS),
         *("--exclude", "*classifier*", "--exclude", "*Gemm*", "--terms", "2"),
+        *("--activations", "dynamic"),
     )
     lines = out.splitlines()
     assert any(re.match(r"quantized +\d+ nodes", line) for line in lines)

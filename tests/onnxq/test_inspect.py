@@ -21,19 +21,21 @@ def test_inspect_a_float_model() -> None:
     assert found["quantized"] == []
     kinds = {candidate["op_type"] for candidate in found["candidates"]}
     assert "Conv" in kinds
-    assert all("2 terms of 4 bits" in candidate["action"] for candidate in found["candidates"])
+    assert all("1 term of 8 bits" in candidate["action"] for candidate in found["candidates"])
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("", (1, 8, "parallel", "dynamic")),
-        ("--terms 2", (2, 4, "parallel", "dynamic")),
-        ("--terms 3 --weight-bits 3", (3, 3, "parallel", "dynamic")),
-        ("--layout merged", (2, 4, "merged", "dynamic")),
+        ("--activations dynamic", (1, 8, "parallel", "dynamic")),
+        ("--activations dynamic --terms 2", (2, 4, "parallel", "dynamic")),
+        ("--activations dynamic --terms 3 --weight-bits 3", (3, 3, "parallel", "dynamic")),
+        ("--activations dynamic --layout merged", (2, 4, "merged", "dynamic")),
         ("--activations none --weight-bits 8", (2, 8, "parallel", "none")),
         ("--activations none --layout merged", (2, 4, "merged", "none")),
-        ("--terms 1", (1, 4, "parallel", "dynamic")),
+        ("--activations dynamic --terms 1", (1, 4, "parallel", "dynamic")),
+        ("--target cpu-vnni --terms 2", (2, 4, "parallel", "dynamic")),
+        ("--target cpu-avx2 --terms 2", (2, 4, "merged", "none")),
     ],
 )
 def test_inspect_a_quantized_model(

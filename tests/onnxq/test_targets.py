@@ -12,6 +12,7 @@ import pytest
 from onnxq import doctor, kernel_probes, targets
 from onnxq.comparison import Quartiles
 from onnxq.kernel_probes import PROBED, Exactness, KernelRatio, find_exactness, measure_ratios
+from onnxq.options import Options
 from onnxq.passes.forms import TARGETS, TypePair, type_pair
 from onnxq.session import CONVOLVES_INT8, runtime_version
 from onnxq.targets import cache_path, measure, resolve
@@ -369,6 +370,20 @@ def test_doctor_judges_by_what_was_measured(pretend, factor, verdict):
     pretend(factor=factor)
     told = advice()
     assert verdict in told and f"{factor:.2f} ×" in told
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ((), "on cpu-vnni: Conv: all (integer convolutions are faster than float); MatMul: all"),
+        (("ConvInteger",), "on cpu-avx2: Conv: none (integer convolutions, with the quantizing"),
+    ],
+)
+def test_doctor_says_what_the_default_is_here(pretend, wrong, said):
+    pretend(*wrong)
+    assert said in advice()
+    expected = "auto" if wrong else "dynamic"
+    assert Options.checked().resolved_activations == expected
 
 
 def test_doctor_says_what_an_old_runtime_lacks(pretend, monkeypatch):
