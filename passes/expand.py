@@ -29,7 +29,7 @@ def required_opset(plan: Plan) -> int:
     """The lowest default-domain opset in which the plan's forms exist.
 
     Cast and constants of INT4/UINT4: opset 21. DequantizeLinear with one scale per channel: 13.
-    BitShift, for planes of bits, and ScatterND and Pad, for terms of a part: 11. Slice with its
+    BitShift, for bits in bytes, and ScatterND and Pad, for terms of a part: 11. Slice with its
     ends as inputs, which cuts off the padding of the last block: 10. Cast of int8 and Mul with
     broadcasting: 7.
     """

@@ -17,8 +17,8 @@ from onnxq.kernels_ref import Series, restore
 from onnxq.kernels_ref.fixed_ratio import scale_ratio
 from onnxq.kernels_ref.half import next_scale
 from onnxq.model import Model, get_metadata, graphs, is_constant, refilled, values
-from onnxq.passes.bit_planes import PER_BYTE, pack_bits, read_bits, signed_planes
 from onnxq.passes.edit import consumers
+from onnxq.passes.packed_bits import is_packed, most_padding, pack_bits, read_bits
 from onnxq.passes.stored_scales import POWER
 from onnxq.passes.term_sums import NODE, TERM
 from onnxq.passes.weights import RECURRENT, Weight
@@ -133,31 +133,25 @@ class StoredIntegers:
     @property
     def _offset(self) -> int:
         """What is added to them where they are stored unsigned."""
-        signed = self._signed_planes
-        if signed is None:
-            signed = values(self.tensor).dtype != np.uint8
-        return 0 if signed else 1 << (self.entry.bits - 1)
+        unsigned = self._packed or values(self.tensor).dtype == np.uint8
+        return 1 << (self.entry.bits - 1) if unsigned else 0
 
     @cached_property
-    def _signed_planes(self) -> bool | None:
-        return signed_planes(self.tensor)
+    def _packed(self) -> bool:
+        return is_packed(self.tensor)
 
     def read(self) -> Array:
-        """The integers, int8, of any shape; planes flat, with up to seven more than there are."""
+        """The integers, int8, of any shape; packed ones flat, with a few more than there are."""
         array = values(self.tensor)
-        if self._signed_planes is not None:
-            array = read_bits(array, signed=self._signed_planes)
+        if self._packed:
+            array = read_bits(array, self.entry.bits)
         return (array.astype(np.int16) - self._offset).astype(np.int8)
 
     def write(self, integers: Array) -> Any:
         """A constant of the same name and form that holds others."""
         array = integers.astype(np.int16) + self._offset
-        if self._signed_planes is not None:
-            low = self._offset - (1 << (self.entry.bits - 1))
-            most = low + (1 << self.entry.bits) - 1
-            # What fills the planes up may have become anything.
-            array = np.clip(array, low, most)
-            array = pack_bits(array, self.entry.bits, signed=self._signed_planes)
+        if self._packed:  # what fills the last bytes up may have become anything
+            array = pack_bits(array.clip(0, (1 << self.entry.bits) - 1), self.entry.bits)
         return refilled(self.tensor, array)
 
 
@@ -210,7 +204,7 @@ def _integers(entry: NodePlan, weight: Weight, stored: _Constant) -> Array:
     padded = inputs if block is None else -(-inputs // block) * block
     count = weight.out * padded
     q = StoredIntegers(entry, stored).read().reshape(-1)
-    if not 0 <= q.size - count < PER_BYTE:
+    if not 0 <= q.size - count <= (most_padding(entry.bits) if entry.bits < 8 else 0):
         raise _changed(entry, f"{stored.tensor.name!r} has {q.size} integers")
     q = q[:count]
     if block is not None:

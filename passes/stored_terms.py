@@ -16,8 +16,8 @@ import numpy.typing as npt
 from onnx import TensorProto, helper
 
 from onnxq.kernels_ref import Series, Term
-from onnxq.passes.bit_planes import pack_bits, unpack_bits
 from onnxq.passes.edit import Builder
+from onnxq.passes.packed_bits import pack_bits, unpack_bits
 from onnxq.passes.stored_scales import StoredScales
 from onnxq.passes.weights import Weight
 from onnxq.passes.whole_terms import spread_centre, spread_rows
@@ -32,8 +32,8 @@ _BYTES = TensorProto.INT8, TensorProto.UINT8
 ADDED_TERM = "onnxq.added_term"
 
 
-# What the nodes that unpack planes of bits take in the file beyond a Cast, about.
-PLANES_BYTES = 800
+# What the nodes that unpack bits take in the file beyond a Cast, about.
+PACKING_BYTES = 800
 
 
 def stored_bits(entry: NodePlan, count: int) -> int:
@@ -50,7 +50,7 @@ def _width(bits: int, count: int, packing: Packing) -> int:
     if packing == "uint8" and bits <= PACKED_BITS:
         return bits
     plain = PACKED_BITS if bits <= PACKED_BITS else 8
-    return bits if (plain - bits) * count > 8 * PLANES_BYTES else plain
+    return bits if (plain - bits) * count > 8 * PACKING_BYTES else plain
 
 
 @dataclass(eq=False)
@@ -232,12 +232,11 @@ class StoredTerms:
         if self.plan.packing == "int4":
             plain[PACKED_BITS] = _NIBBLES
         if width not in plain:
+            offset = 0 if unsigned else 1 << (bits - 1)
             packed = self._constant(
-                f"{base}/q", builder, partial(pack_bits, values, bits, signed=not unsigned)
+                f"{base}/q", builder, lambda: pack_bits(values.astype(np.int16) + offset, bits)
             )
-            return unpack_bits(
-                builder, packed, values.shape, base, bits=bits, signed=not unsigned, to=to
-            )
+            return unpack_bits(builder, packed, values.shape, base, bits=bits, offset=offset, to=to)
         kind = plain[width][unsigned]
         q = self._constant(f"{base}/q", builder, lambda: values, kind)
         return q if to == kind else builder.add("Cast", f"{base}/cast", [q], attrs={"to": to})

@@ -1,4 +1,4 @@
-"""Integers as planes of bits in bytes: the same values, for runtimes without INT4."""
+"""4-bit integers packed in bytes: the same values, for runtimes without INT4."""
 
 import numpy as np
 import onnx
@@ -95,7 +95,7 @@ def test_a_version_that_is_none():
 
 
 def test_file_size(tmp_path):
-    """Planes take the bytes of INT4, but for the few nodes that unpack them."""
+    """Bytes take the room of INT4, but for the few nodes that unpack them."""
     proto = model(
         "g (float[1,256] x) => (float[1,256] y) { [fc] y = MatMul (x, w) }",
         {"w": weights(256, 256)},

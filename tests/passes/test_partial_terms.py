@@ -93,7 +93,7 @@ class TestPoints:
         for i in range(3):
             rows = int((POINTS[points] > i).sum())
             values = int(np.prod(stored[f"w/term{i}/q"].dims)) if f"w/term{i}/q" in stored else 0
-            assert values == (4 * -(-rows * inputs // 8) if packed else rows * inputs)
+            assert values == (-(-rows * inputs // 2) if packed else rows * inputs)
             if rows:
                 assert int(np.prod(stored[f"w/term{i}/scale"].dims)) == rows
 
@@ -144,7 +144,7 @@ def test_centre(name, packing, layout, points):
     inputs = 4 // {"conv": 1, "grouped": 2, "depthwise": 4}[name]
     packed = packing == "uint8"
     count = int(np.prod(initializers(after)["w/term0/q"].dims))
-    assert count == (4 * -(-OUT * inputs // 8) if packed else OUT * inputs)
+    assert count == (OUT * inputs // 2 if packed else OUT * inputs)
     outside = np.ones((3, 3), bool)
     outside[1, 1] = False
     first = series.terms[0].q.reshape(OUT, inputs, 3, 3)

@@ -11,7 +11,7 @@ from small import feeds, model, run, weights
 
 import onnxq
 from onnxq.passes import stored_terms
-from onnxq.passes.bit_planes import pack_bits, place_values, read_bits
+from onnxq.passes.packed_bits import most_padding, pack_bits, read_bits
 from onnxq.session import open_session
 
 BITS = (2, 3, 5, 6, 7)
@@ -19,36 +19,37 @@ BITS = (2, 3, 5, 6, 7)
 
 @st.composite
 def integers(draw):
-    bits, signed = draw(st.integers(1, 7)), draw(st.booleans())
-    low = -(1 << (bits - 1)) if signed else 0
-    values = draw(st.lists(st.integers(low, low + (1 << bits) - 1), max_size=33))
-    return bits, signed, values
+    bits = draw(st.integers(2, 7))
+    return bits, draw(st.lists(st.integers(0, (1 << bits) - 1), max_size=33))
 
 
 @given(integers())
 def test_they_come_back(made):
-    bits, signed, values = made
-    packed = pack_bits(np.array(values, np.int8), bits, signed=signed)
+    bits, values = made
+    packed = pack_bits(np.array(values, np.int16), bits)
     assert packed.dtype == np.uint8
-    assert packed.shape == (1, bits, -(-len(values) // 8))
-    read = read_bits(packed, signed=signed)
+    read = read_bits(packed, bits)
     assert read[: len(values)].tolist() == values
+    assert len(read) - len(values) <= most_padding(bits)
     assert not read[len(values) :].any()
 
 
-@pytest.mark.parametrize("values", [[4], [-5], [0, 99]])
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_no_bit_of_a_byte_is_left_over(bits):
+    """But for 3 and 5 to 7 bits that needs whole groups of 8 integers, 4 of 6 bits."""
+    assert pack_bits(np.zeros(64, np.uint8), bits).nbytes == 8 * bits
+    every = pack_bits(np.full(64, (1 << bits) - 1), bits)
+    assert (every == 255).all()
+
+
+@pytest.mark.parametrize("values", [[8], [-1], [0, 99]])
 def test_no_bit_is_lost_in_silence(values):
     with pytest.raises(ValueError, match="in 3 bits"):
-        pack_bits(np.array(values), 3, signed=True)
-
-
-def test_place_values_are_twos_complement():
-    assert place_values(3, signed=True).tolist() == [1, 2, -4]
-    assert place_values(3, signed=False).tolist() == [1, 2, 4]
+        pack_bits(np.array(values), 3)
 
 
 def source(channels: int = 32) -> onnx.ModelProto:
-    """Weights large enough for planes; `channels` 33 leaves the last byte half full."""
+    """Weights large enough to be packed; `channels` 33 leaves the last bytes half full."""
     return model(
         f"""g (float[1,32,6,6] x) => (float[1,{channels}] y) {{
             [conv] c = Conv <pads = [1, 1, 1, 1]> (x, w, b)
@@ -79,7 +80,7 @@ def quantized(proto: onnx.ModelProto, bits: int, compute: str, **options) -> onn
 def test_the_same_outputs_as_in_whole_bytes(monkeypatch, bits, compute, channels):
     proto = source(channels)
     packed = quantized(proto, bits, compute)
-    monkeypatch.setattr(stored_terms, "PLANES_BYTES", 2**40)
+    monkeypatch.setattr(stored_terms, "PACKING_BYTES", 2**40)
     whole = quantized(proto, bits, compute)
     assert packed.report.size_after < whole.report.size_after
     feed = feeds(proto)
@@ -98,7 +99,7 @@ def test_as_many_bits_in_the_file(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_small_weights_take_no_planes(bits):
+def test_small_weights_are_not_packed(bits):
     proto = model(
         "g (float[1,32] x) => (float[1,8] y) { y = MatMul (x, w) }", {"w": weights(32, 8)}
     )
@@ -130,7 +131,7 @@ def test_static_compute_reaches_the_integer_convolution(tmp_path):
     assert "QLinearConv" in {n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node}
 
 
-def test_the_opset_is_not_raised_beyond_what_planes_need():
+def test_the_opset_is_not_raised_beyond_what_unpacking_needs():
     proto = source()
     proto.opset_import[0].version = 13
     made = quantized(proto, 6, "none").model
