@@ -26,7 +26,7 @@ from onnxq.kernels_ref.partial import Coverage, realize_partial
 from onnxq.kernels_ref.quantize import half_range
 from onnxq.kernels_ref.series import SeriesKind
 
-__all__ = ["Candidate", "Prepared", "Rounded", "least_squares_target", "round_second_order"]
+__all__ = ["Prepared", "Rounded", "least_squares_target", "round_second_order"]
 
 Int8Terms = tuple[npt.NDArray[np.int8], ...]
 
@@ -80,8 +80,7 @@ def round_second_order(
     always zero are rounded plainly; so is a group whose Hessian is not finite, with the reason.
     Raises ValueError as `realize`, and for shapes that do not fit or a negative damping.
     """
-    prepared = Prepared.of(target, hessian, damping, act_order)
-    found = prepared.round(
+    return Prepared.of(target, hessian, damping, act_order).round(
         target,
         scales,
         bits=bits,
@@ -90,26 +89,6 @@ def round_second_order(
         full_range=full_range,
         points=points,
     )
-    return prepared.report(found)
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """One rounding: its terms [out, in], and per row its eᵀHe and whether it is the plain one."""
-
-    terms: Int8Terms
-    cost: Float64Array
-    plain: npt.NDArray[np.bool_]
-
-    def better_of(self, other: Candidate, choose: npt.NDArray[np.bool_]) -> Candidate:
-        """The rows of `other` where chosen [out], and one's own elsewhere."""
-        rows = choose[:, np.newaxis]
-        pairs = zip(other.terms, self.terms, strict=True)
-        return Candidate(
-            tuple(np.where(rows, theirs, own) for theirs, own in pairs),
-            np.where(choose, other.cost, self.cost),
-            np.where(choose, other.plain, self.plain),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +103,11 @@ class Prepared:
 
     @classmethod
     def of(
-        cls, target: FloatArray, hessian: FloatArray, damping: float, act_order: bool
+        cls,
+        target: FloatArray,
+        hessian: FloatArray,
+        damping: float = 0.01,
+        act_order: bool = True,
     ) -> Prepared:
         """Check and decompose; arguments and errors as in `round_second_order`."""
         check_float(target, "target")
@@ -143,11 +126,14 @@ class Prepared:
         *,
         bits: int,
         kind: SeriesKind,
-        block_size: int | None,
+        block_size: int | None = None,
         full_range: bool = False,
         points: IntArray | None = None,
-    ) -> Candidate:
-        """Round once, rows that plain rounding serves better plainly."""
+    ) -> Rounded:
+        """Round once; arguments and errors as in `round_second_order`.
+
+        target may be another than the one of `of`, also with more rows in each group.
+        """
         values = target.astype(np.float64)
         series = realize_partial(
             kind,
@@ -169,20 +155,15 @@ class Prepared:
             points=points,
         )
         terms, error = rounder.run(values, self.factors, self.order)
-        none = np.zeros(len(values), dtype=np.bool_)
-        found = Candidate(terms, _squared(error, self.h), none)
         plain_cost = _squared(values - series.dequantize(), self.h)
-        integers = tuple(term.q.astype(np.int8, copy=False) for term in series.terms)
-        plain = Candidate(integers, plain_cost, ~none)
-        # Also where a cost is not a number.
-        return found.better_of(plain, ~(found.cost < plain_cost))
-
-    def report(self, found: Candidate) -> Rounded:
-        """The public result of a rounding."""
+        plain = ~(_squared(error, self.h) < plain_cost)  # also where a cost is not a number
+        pairs = zip(
+            (term.q.astype(np.int8, copy=False) for term in series.terms), terms, strict=True
+        )
         return Rounded(
-            terms=found.terms,
+            terms=tuple(np.where(plain[:, np.newaxis], near, fed) for near, fed in pairs),
             damping=float(np.max(self.used, initial=0.0, where=np.isfinite(self.used))),
-            plain_rows=int(found.plain.sum()),
+            plain_rows=int(plain.sum()),
             fallback=_reason(self.usable, self.h),
         )
 

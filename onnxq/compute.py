@@ -64,6 +64,8 @@ def _needs(options: Options) -> Iterator[_Need]:
         yield _Need(f"--block-size {options.block_size}", _FLOAT)
     if options.matmul != "auto":
         yield _Need(f"--matmul {options.matmul}", _FLOAT)
+    if options.points == "auto":
+        yield _Need("--points auto", _FLOAT)
     if options.offset == "on":
         yield _Need("--offset on", _FLOAT)
     if "ranges" in given:

@@ -1,4 +1,4 @@
-"""How to quantize: every option, its limits, and which of them contradict each other."""
+"""How to quantize: every option, its limits, and what is meant where it is left open."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic import ValidationError as Invalid
 
 from onnxq.compute import Asked, asked_activations, in_float
+from onnxq.consistency import refuse_contradictions, refuse_without_samples
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
 from onnxq.passes import SelectNodes
@@ -15,7 +16,6 @@ from onnxq.passes.choose_centre import ChooseCentre
 from onnxq.passes.gains import gains_everywhere
 from onnxq.passes.search_ranges import RangeMethod
 from onnxq.plan import Layout, Plan, Target
-from onnxq.points import PointsGoal
 from onnxq.session import CASTS_INT4, CONVOLVES_INT8, FUSES_NBITS, runtime_version
 from onnxq.targets import resolve
 
@@ -196,7 +196,7 @@ class Options(BaseModel):
                 raise ConfigError(f"{option}: there is no such option") from None
             message = first["msg"].removeprefix("Input should be ")
             raise ConfigError(f"{option} {first['input']}: must be {message}") from None
-        made._consistent()
+        refuse_contradictions(made)
         return made
 
     @property
@@ -268,119 +268,24 @@ class Options(BaseModel):
         return terms > 1 and (terms * bits > 8 or self.series not in ("auto", "digit"))
 
     @property
-    def _uniform_bits(self) -> int:
+    def uniform_bits(self) -> int:
+        """Bits of each term where all nodes get the same."""
         if self.weight_bits is not None:
             return self.weight_bits
         static = asked_activations(self) == "static" and self.points is None
         return 8 if static and self.terms is None else UNIFORM_BITS
 
     @property
-    def _uniform_terms(self) -> int:
+    def uniform_terms(self) -> int:
+        """Terms, or with `points` the most of a channel, where all nodes get the same."""
         if self.terms is not None:
             return self.terms
         static = asked_activations(self) == "static" and self.points is None
         return 1 if static else UNIFORM_TERMS
 
-    def _consistent(self) -> None:
-        asked = asked_activations(self)
-        self._consistent_goal(asked)
-        if self.activation_terms > 1 and asked == "none":
-            raise ConfigError(
-                f"--activation-terms {self.activation_terms} needs --activations dynamic or static"
-            )
-        if self.offset == "on" and not self._can_offset:
-            raise ConfigError(
-                "--offset on needs --activations none, the same bits in every node, one scale per "
-                "channel, and --series digit or auto"
-            )
-        if self.centre == "on" and (not self.uniform or asked == "static"):
-            raise ConfigError(
-                "--centre on needs the same bits in every node (--weight-bits or --terms), and "
-                "--activations none or dynamic"
-            )
-        if self.points is not None:
-            self._consistent_points(self.points, asked)
-        if asked != "static" and "ranges" in self.model_fields_set:
-            raise ConfigError("--ranges needs --activations static")
-        if asked == "static" and self.activation_bits != 8:
-            raise ConfigError("--activation-bits: static activations have 8 bits")
-        if asked in ("none", "auto"):
-            return
-        if self.block_size is not None:
-            raise ConfigError(
-                f"--block-size {self.block_size} needs float compute, since integer products share "
-                "one scale per output channel: add --activations none"
-            )
-        if self.resolved_layout == "merged" and self.uniform and self._uniform_terms > 1:
-            self._merges_as_integers(f"--activations {asked}")
-
-    def _consistent_goal(self, asked: Asked) -> None:
-        given = ("tolerance", "max_size", "max_latency")
-        goal = "--" + next((o for o in given if getattr(self, o)), "tolerance").replace("_", "-")
-        if not self.has_goal:
-            for option, value in (("minimize", self.minimize), ("best-effort", self.best_effort)):
-                if value:
-                    raise ConfigError(f"--{option} needs --tolerance, --max-size or --max-latency")
-            return
-        if self.points not in (None, "auto"):
-            raise ConfigError(
-                f"--points {self.points} beside {goal}: {goal} chooses terms; give --points auto, "
-                "or leave one out"
-            )
-        for option in ("weight_bits", "terms", "block_size"):
-            if getattr(self, option) is not None:
-                shown = option.replace("_", "-")
-                raise ConfigError(f"--{shown} beside {goal}: {goal} chooses it; leave one out")
-        if asked == "static" and (self.max_latency or self.minimize == "latency"):
-            option = "--max-latency" if self.max_latency else "--minimize latency"
-            raise ConfigError(
-                f"{option} with --activations static: single nodes are not timed in static "
-                "compute; use --max-size, or --activations dynamic or none"
-            )
-
-    def _consistent_points(self, points: str, asked: Asked) -> None:
-        if points == "auto":
-            if self.uniform:
-                raise ConfigError(
-                    "--points auto is for bits that are chosen per node: give the error that a "
-                    "channel may keep, as 15%, or a size, as 40KB"
-                )
-            if asked != "none":
-                raise ConfigError(
-                    f"--points auto with --activations {asked}: terms of some channels are chosen "
-                    "for float compute, where they take no time; add --activations none"
-                )
-            return
-        PointsGoal.parse(points)
-        if self._uniform_terms == 1:
-            raise ConfigError(
-                "--points with --terms 1: it gives further terms; raise --terms, or leave it out"
-            )
-        if self.centre == "on":
-            raise ConfigError(
-                "--points with --centre on: both decide about the second term; leave one out"
-            )
-        if self.matmul == "nbits":
-            raise ConfigError(
-                "--points with --matmul nbits: that kernel reads whole terms; leave one out"
-            )
-
-    def _merges_as_integers(self, compute: str) -> None:
-        bits, terms = self._uniform_bits, self._uniform_terms
-        if terms * bits > 8:
-            raise ConfigError(
-                f"--layout merged with {compute} sums the terms in 8 bits, but "
-                f"{terms} terms of {bits} bits need {terms * bits}: lower --terms or "
-                "--weight-bits, or add --activations none"
-            )
-        if self.series not in ("auto", "digit"):
-            raise ConfigError(
-                f"--series {self.series}: --layout merged with {compute} sums the terms as "
-                "integers, which needs --series digit"
-            )
-
     @property
-    def _can_offset(self) -> bool:
+    def can_offset(self) -> bool:
+        """Whether nodes in float compute may have a constant per channel beside the terms."""
         return (
             self.resolved_activations in ("none", "auto")  # auto: for the nodes in float compute
             and self.uniform
@@ -394,7 +299,7 @@ class Options(BaseModel):
             return self.offset == "on"
         # Weights that are rounded to nearest on samples get a clip instead.
         nearest = self.rounding == "nearest" or self.effort == "fast"
-        return self._can_offset and not (calibrated and nearest)
+        return self.can_offset and not (calibrated and nearest)
 
     def choose_centre(self, *, calibrated: bool) -> ChooseCentre | None:
         """The pass that plans terms of the centre tap, if any."""
@@ -412,12 +317,7 @@ class Options(BaseModel):
         Raises:
             ConfigError: names the first such option that was given.
         """
-        for name in ("clip", "rounding", "affine", "bias_correction", "effort", "max_latency"):
-            if name in self.model_fields_set:
-                shown = name.replace("_", "-")
-                raise ConfigError(f"--{shown} without --calibration: it works on samples; add them")
-        if self.minimize == "latency":
-            raise ConfigError("--minimize latency without --calibration: it is timed on samples")
+        refuse_without_samples(self)
 
     def select(self, *, calibrated: bool = False) -> SelectNodes:
         """The planning pass with these options.
@@ -430,8 +330,8 @@ class Options(BaseModel):
         """
         version = runtime_version(self.min_runtime)
         return SelectNodes(
-            bits=self._uniform_bits if self.uniform else BEFORE_CHOICE[0],
-            terms=self._uniform_terms if self.uniform else BEFORE_CHOICE[1],
+            bits=self.uniform_bits if self.uniform else BEFORE_CHOICE[0],
+            terms=self.uniform_terms if self.uniform else BEFORE_CHOICE[1],
             series=self.series,
             block_size=self.block_size,
             activations=self.resolved_activations,

@@ -20,13 +20,15 @@ import numpy.typing as npt
 
 from onnxq.errors import CalibrationError, ValidationError
 from onnxq.feeds import Feeds, spread
-from onnxq.kernels_ref import InputMoments, restore, round_second_order
+from onnxq.kernels_ref import InputMoments
+from onnxq.kernels_ref.second_order import Prepared
 from onnxq.model import Model
 from onnxq.observing import observer
 from onnxq.passes.node_rows import NodeRows
+from onnxq.passes.rounded_clip import rounded_trials
 from onnxq.passes.search_scales import match_plan, node_series
 from onnxq.passes.weights import Weight
-from onnxq.plan import NodePlan, Plan
+from onnxq.plan import Plan
 from onnxq.sensitivity import LINEAR, Table
 
 Array = npt.NDArray[Any]
@@ -155,12 +157,14 @@ class _Site:
         plain = [self._plain(table, option, matrix) for option in range(len(found))]
         sizes = [np.inf if p is None else float(np.sum(np.square(p))) for p in plain]
         fine: float | None = None
+        prepared: Prepared | None = None
         for option in sorted(range(len(found)), key=lambda o: -sizes[o]):
             error = plain[option]
             if error is None or sizes[option] == 0:
                 continue
             if fine is None:
-                rounded = self._rounded(table, option, matrix)
+                prepared = prepared or Prepared.of(matrix, self.fit.centred()[0])
+                rounded = self._rounded(table, option, matrix, prepared)
                 before, centred = _energy(error, held.hessian), held.centred()[0]
                 after = min(_energy(rounded, centred), _energy(error, centred))
                 found[option] = min(after / before, 1.0) if before > 0 else 1.0
@@ -183,69 +187,29 @@ class _Site:
             known.points[entries[0].name] = table.points[self.unit, option]
         return matrix - node_series(self.weight, entries[0], known).dequantize()
 
-    def _rounded(self, table: Table, option: int, matrix: Array) -> Array:
+    def _rounded(self, table: Table, option: int, matrix: Array, prepared: Prepared) -> Array:
         """The weight's error with second-order rounding, each channel with its best clip ratio."""
-        assert self.fit is not None
         entry = table.entries[self.unit, option][0]
-        scales, points = table.scales[self.unit, option], table.points.get((self.unit, option))
-        hessian = self.fit.centred()[0]
-        at_once = max(1, _ELEMENTS // matrix.size)
         best, least = np.zeros_like(matrix), np.full(len(matrix), np.inf)
-        for start in range(0, len(_RATIOS), at_once):
-            ratios = np.array(_RATIOS[start : start + at_once], np.float32)
-            error = _errors(matrix, scales, hessian, entry, ratios, points=points)
-            cost = _by_row(error, hessian)
+        rows = np.arange(len(matrix))
+        for trial in rounded_trials(
+            matrix,
+            [np.asarray(scale, np.float32) for scale in table.scales[self.unit, option]],
+            prepared,
+            _RATIOS,
+            bits=entry.bits,
+            kind=entry.series,
+            block_size=entry.block_size,
+            points=table.points.get((self.unit, option)),
+            elements=_ELEMENTS,
+        ):
+            error = np.ascontiguousarray(trial.error.swapaxes(0, 1)).reshape(-1, *matrix.shape)
+            cost = _by_row(error, prepared.h)
             winner = cost.argmin(axis=0)
-            rows = np.arange(len(matrix))
             better = cost[winner, rows] < least
             best[better] = error[winner, rows][better]
             least = np.minimum(least, cost[winner, rows])
         return best
-
-
-def _errors(
-    matrix: Array,
-    scales: Sequence[Array],
-    hessian: Array,
-    entry: NodePlan,
-    ratios: Array,
-    *,
-    points: Array | None,
-) -> Array:
-    """[ratios, out, in]: the error with the scales times each ratio, rounded in one call."""
-    groups, (out, inputs), count = len(hessian), matrix.shape, len(ratios)
-
-    def stacked(array: Array) -> Array:
-        """Rows group after group, those of a group once per ratio."""
-        split = array.reshape(groups, 1, out // groups, -1)
-        return np.repeat(split, count, axis=1)
-
-    target = stacked(matrix).reshape(-1, inputs)
-    trials = [
-        np.maximum(stacked(scale) * ratios[:, None, None], np.finfo(np.float32).tiny)
-        .astype(np.float32)
-        .reshape(count * out, *scale.shape[1:])
-        for scale in map(np.asarray, scales)
-    ]
-    rounded = round_second_order(
-        target,
-        trials,
-        hessian,
-        bits=entry.bits,
-        kind=entry.series,
-        block_size=entry.block_size,
-        points=None if points is None else stacked(points).reshape(-1),
-    )
-    series = restore(
-        entry.series,
-        rounded.terms,
-        trials,
-        shape=target.shape,
-        bits=entry.bits,
-        granularity=entry.matrix_granularity(),
-    )
-    error = (target - series.dequantize()).reshape(groups, count, -1, inputs)
-    return np.ascontiguousarray(error.swapaxes(0, 1)).reshape(count, out, inputs)
 
 
 def _by_row(error: Array, hessian: Array) -> Array:

@@ -128,6 +128,20 @@ def test_refused_before_the_work(
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    ["compare no.onnx no.onnx", "bench no.onnx no.onnx", "sweep no.onnx out --calibration no"],
+)
+def test_threads_are_limited_by_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    message = refused(tmp_path, *arguments.split(), "--threads", 13)
+    assert "'--threads': 13 is more than 12, 4 for each core of this machine; see" in message
+    assert "--threads" not in refused(tmp_path, *arguments.split(), "--threads", 12)
+
+
+@pytest.mark.parametrize(
     ("arguments", "part"),
     [
         ("quantize", "Missing argument 'IN.onnx'"),

@@ -469,7 +469,7 @@ def test_external_data_count_as_size(tmp_path: Path, conv: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--threads 0", "--threads 0: must be 1 or more"),
+        ("--threads 0", "'--threads'"),
         ("--batch 0", "--batch 0: must be 1 or more"),
         ("--runs 0", "--runs 0: must be 1 or more"),
         ("--warmup -1", "--warmup -1: must be 0 or more"),
@@ -489,6 +489,11 @@ def test_bad_options(tmp_path: Path, options: str, message: str) -> None:
     source = _open(tmp_path)
     arguments = options.replace("DIGITS", str(DIGITS)).split()
     assert message in refused(tmp_path, "bench", source, source, *arguments)
+
+
+def test_no_threads_at_all() -> None:
+    with pytest.raises(ConfigError, match="--threads 0: must be 1 or more"):
+        onnxq.bench(DEMO, DEMO, threads=0)
 
 
 def test_a_batch_that_is_not_open(tmp_path: Path, conv: Path) -> None:

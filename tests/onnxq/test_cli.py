@@ -17,7 +17,7 @@ from command import DEMO, DIGITS, contents, works, write
 from command import onnxq as command
 
 import onnxq.api
-import onnxq.cli
+from onnxq.commands import look
 from onnxq.errors import OnnxqError
 from onnxq.goal import Infeasible
 from onnxq.model import write as write_module
@@ -222,11 +222,38 @@ def test_interrupt(
     assert contents(tmp_path) == before
 
 
+_INTERRUPTED_IMPORT = """
+import signal, sys
+from importlib.abc import MetaPathFinder
+
+class Interrupt(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from onnxq.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["onnxq.commands.app", "typer", "numpy", "onnx", "onnxruntime"])
+def test_interrupt_while_starting(module: str) -> None:
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", _INTERRUPTED_IMPORT, module],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
 def test_other_errors_are_bugs_and_stay_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(onnxq.cli, "run_inspect", bug)
+    monkeypatch.setattr(look, "run_inspect", bug)
     with pytest.raises(ZeroDivisionError):
         command("inspect", DEMO)
 
@@ -239,7 +266,7 @@ def test_every_error_of_ours_has_one_exit_code(monkeypatch: pytest.MonkeyPatch) 
         def fail(*_: object, kind: type[OnnxqError] = kind) -> None:
             raise kind("what, where,\nwhat to do")
 
-        monkeypatch.setattr(onnxq.cli, "run_inspect", fail)
+        monkeypatch.setattr(look, "run_inspect", fail)
         done = command("inspect", DEMO)
         assert (done.code, done.err) == (2, "error: what, where, what to do\n")
 

@@ -25,6 +25,7 @@ LAYERS = (
     ),
     ("onnxq",),  # api, report, inspection, and whatever is not named here
     ("onnxq.show",),
+    ("onnxq.commands",),
     ("onnxq.cli",),
 )
 

@@ -97,7 +97,10 @@ class TestGoal:
         ({"max_size": "1MB"}, "--points 15% beside --max-size.*--points auto"),
         ({"points": "auto", "terms": 2}, "--points auto is for bits that are chosen per node"),
         ({"points": "auto", "activations": "dynamic"}, "--points auto with --activations dynamic"),
-        ({"points": "auto"}, "--points auto with --activations auto.*add --activations none"),
+        (
+            {"points": "auto", "outliers": 3},
+            "--points auto needs --activations none, but --outliers 3 needs --activations dynamic",
+        ),
         ({"points": "lots"}, "--points 'lots'"),
     ],
 )
