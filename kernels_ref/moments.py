@@ -98,6 +98,14 @@ class InputMoments:
             return hessian, hessian
         return hessian, self._cross - _outer(self._sum, mean)
 
+    def about(self, point: Float64Array) -> Float64Array:
+        """The hessian about a point [groups, inputs]: what counts where a bias was fitted there."""
+        if self._point is None:
+            return np.array(self._products)
+        rest = np.asarray(point, np.float64) - self._point
+        shift = _outer(self._sum_hat - self.count * rest, rest)
+        return np.asarray(self._products - _outer(rest, self._sum_hat) - shift)
+
     def bias_shift(self, w: FloatArray, w_hat: FloatArray) -> Float64Array:
         """W·mean(x) - Ŵ·mean(x̂): added to the bias, it makes the mean output right.
 

@@ -228,6 +228,6 @@ def _corrected(search: Search, tolerance: Tolerance, found: Allocation) -> Alloc
     elif made.options != found.options and made.measured.energy.value <= expected:
         said = f"made finer until it had {said} on made-up inputs"
     else:
-        said = f"not below {said} on made-up inputs, so that they do not count"
+        said = f"{said} on made-up inputs with finer weights, too, so that they do not count"
     kept = found if said.endswith("count") else made
     return replace(kept, stated=f"{found.stated}; {said}")

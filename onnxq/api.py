@@ -25,6 +25,7 @@ from onnxq.plan import Plan, scales_path
 from onnxq.points import ChoosePoints, PointsGoal
 from onnxq.report import Report, make_report
 from onnxq.session import open_session
+from onnxq.targets import foreign
 from onnxq.validation import (
     DataSource,
     HoldsModel,
@@ -149,12 +150,17 @@ def quantize(
             rewritten.plan.save(plan_out)
 
     after = write_checked(rewritten.model, output, verify)
+    elsewhere = foreign({n.target for n in rewritten.plan.quantized if n.activations != "none"})
     report = make_report(
         rewritten,
         sizes=(size_of(model), after),
         opset_before=opset_before,
         comparison=check.found,
-        warnings=(*check.warnings, *(samples.warnings if samples else ())),
+        warnings=(
+            *check.warnings,
+            *(samples.warnings if samples else ()),
+            *([elsewhere] if elsewhere else []),
+        ),
     )
     path = None if output is None else Path(output)
     return Result(rewritten.plan, report, path, rewritten.model)

@@ -27,7 +27,7 @@ def refuse_contradictions(options: Options) -> None:
     if options.offset == "on" and not options.can_offset:
         raise ConfigError(
             "--offset on needs --activations none, the same bits in every node, one scale per "
-            "channel, and --series digit or auto"
+            "channel, --series digit or auto, and at most 24 bits in all terms together"
         )
     if options.centre == "on" and (not options.uniform or asked == "static"):
         raise ConfigError(

@@ -11,6 +11,7 @@ from onnxq.compute import Asked, asked_activations, in_float
 from onnxq.consistency import refuse_contradictions, refuse_without_samples
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import SeriesKind
+from onnxq.kernels_ref.offset import MAX_SEARCHED_BITS
 from onnxq.passes import SelectNodes
 from onnxq.passes.choose_centre import ChooseCentre
 from onnxq.passes.gains import gains_everywhere
@@ -292,6 +293,7 @@ class Options(BaseModel):
             and self.block_size is None
             and self.series in ("auto", "digit")
             and self.matmul != "nbits"
+            and self.uniform_bits * self.uniform_terms <= MAX_SEARCHED_BITS
         )
 
     def _wants_offset(self, calibrated: bool) -> bool:

@@ -165,7 +165,8 @@ class _Site:
             if fine is None:
                 prepared = prepared or Prepared.of(matrix, self.fit.centred()[0])
                 rounded = self._rounded(table, option, matrix, prepared)
-                before, centred = _energy(error, held.hessian), held.centred()[0]
+                # the bias, too, is that of the samples to fit
+                before, centred = _energy(error, held.hessian), held.about(self.fit.mean_hat)
                 after = min(_energy(rounded, centred), _energy(error, centred))
                 found[option] = min(after / before, 1.0) if before > 0 else 1.0
                 if sizes[option] <= LINEAR**2 * float(np.sum(np.square(matrix))):

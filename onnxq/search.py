@@ -92,8 +92,10 @@ class Search:
                 if tried.chosen in (self._finest(), self._closest()):
                     break
             known_before = len(self.tried) == before
-            budget = next_budget(known, tolerance, (low, high))
+            last, budget = budget, next_budget(known, tolerance, (low, high))
             if (low and high / low < _CLOSE) or (known_before and low and high < float("inf")):
+                break
+            if known_before and budget in (last, 0.0):  # nothing is predicted to be better
                 break
         if kept is None:
             raise self._infeasible(f"{tolerance} cannot be kept")

@@ -131,6 +131,20 @@ def measure(*, refresh: bool = False) -> Found:
     return _found(known, machine)
 
 
+def foreign(targets: Iterable[Target]) -> str | None:
+    """What to tell a user whose file is for another CPU than this one, if that spoils measurements.
+
+    Args:
+        targets: what integer products of the plan are for.
+    """
+    if "cpu-vnni" not in targets or resolve("auto").target != "cpu-avx2":
+        return None
+    return (
+        "made for cpu-vnni: on this CPU its 8-bit products saturate, so that errors measured here "
+        "are not those of the file there; cpu-avx2 is right on both"
+    )
+
+
 def cache_path() -> Path | None:
     """The file that holds what was measured here; it need not exist. None: there is no home."""
     return _path(this_machine())

@@ -143,3 +143,16 @@ def test_a_limit_draws_the_same_positions_from_equal_generators():
 def test_refuses_groups_that_do_not_fit(groups):
     with pytest.raises(ValueError, match="does not fit"):
         conv_patches(np.zeros((1, 3, 5)), (3,), groups=groups)
+
+
+def test_moments_about_a_point():
+    rng = np.random.default_rng(5)
+    x = rng.normal(3, 1, (2, 40, 3))
+    moments = InputMoments(2, 3)
+    for part in (x[:, :7], x[:, 7:]):
+        moments.add(part, part)
+    point = rng.normal(size=(2, 3))
+    rest = x - point[:, None]
+    np.testing.assert_allclose(moments.about(point), rest.transpose(0, 2, 1) @ rest, rtol=1e-12)
+    np.testing.assert_allclose(moments.about(moments.mean_hat), moments.centred()[0], atol=1e-10)
+    assert not InputMoments(2, 3).about(point).any()

@@ -22,6 +22,7 @@ from onnxq.knapsack import total
 from onnxq.meter import Estimate, Measured, Meter
 from onnxq.model import Model, to_proto
 from onnxq.plan import Plan
+from onnxq.search import Search
 from onnxq.sensitivity import Table, estimate, measure
 from onnxq.session import open_session, run
 from onnxq.tolerance import Tolerance
@@ -309,7 +310,10 @@ def test_made_up_inputs_that_tell_nothing_are_left_aside(monkeypatch: pytest.Mon
         loaded, plan, goal("error=5%"), made_up=images(2), candidates=quantized
     )
     assert found.options == alone.options and found.measured is None
-    assert "not below error 100% on made-up inputs, so that they do not count" in found.stated
+    assert (
+        "error 100% on made-up inputs with finer weights, too, so that they do not count"
+        in found.stated
+    )
 
 
 def test_shared_weights_stay_shared() -> None:
@@ -372,3 +376,14 @@ def test_the_trial_measures_what_onnxruntime_makes() -> None:
 def test_the_default_candidates() -> None:
     assert EFFICIENT[-1] is LEFT_IN_FLOAT
     assert len({c.name for c in EFFICIENT}) == len(EFFICIENT)
+
+
+def test_a_table_that_knows_no_error_ends() -> None:
+    """Where every candidate is predicted to be exact, and none is, the search says so."""
+    loaded, plan = planned(classifier())
+    table = measure(loaded, plan, [bits(4), bits(8)], images(2))
+    table = table.with_weight_error(np.zeros_like(table.weight_error))
+    with Trial(loaded, images(4)) as trial:
+        search = Search(loaded, plan, goal("error=0.001%"), table, trial)
+        with pytest.raises(Infeasible, match="cannot be kept"):
+            search.least_cost()

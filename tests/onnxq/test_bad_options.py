@@ -76,6 +76,7 @@ OPTIONS = [
     ("--max-size 1MB --minimize size", ["--minimize size without --tolerance"]),
     ("--max-latency 0.5x --activations static", ["with --activations static"]),
     ("--offset on", ["--offset on needs --activations none"]),
+    ("--offset on --weight-bits 8 --terms 4", ["at most 24 bits in all terms together"]),
     ("--layout diagonal", ["'--layout'", "'diagonal'", "merged"]),
     ("--series fourier", ["'--series'", "'fourier'", "fixed_ratio"]),
     ("--activations static", ["--activations static needs ranges", "add --calibration"]),

@@ -124,3 +124,11 @@ def test_a_sample_that_fails_is_named() -> None:
     bad = [*images(2), {"x": np.zeros((1, 4, 8, 8), np.float32)}]
     with pytest.raises(CalibrationError, match="sample 2"):
         factors(classifier(), bad)
+
+
+def test_one_row_to_judge_by_is_not_fitted_by_its_own_mean() -> None:
+    """Six samples of one row each, of which one is held out: no error is taken to vanish."""
+    samples = [{"x": feed["x"][:1]} for feed in feeds(6, correlated=False)]
+    *_, found = factors(linear(), samples)
+    quantized = [i for i, one in enumerate(CANDIDATES) if one.quantized]
+    assert (found[:, quantized] > 0.05).all()

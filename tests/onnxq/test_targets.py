@@ -15,7 +15,7 @@ from onnxq.kernel_probes import PROBED, Exactness, KernelRatio, find_exactness, 
 from onnxq.options import Options
 from onnxq.passes.forms import TARGETS, TypePair, type_pair
 from onnxq.session import CONVOLVES_INT8, runtime_version
-from onnxq.targets import cache_path, measure, resolve
+from onnxq.targets import cache_path, foreign, measure, resolve
 
 SATURATING = {
     "MatMulInteger": "uint8·int8",
@@ -423,3 +423,9 @@ def test_doctor_warns_when_the_machine_was_busy(pretend):
     )
     told = "\n".join(doctor.diagnose(refresh=True).advice)
     assert "busy" in told and "--refresh" in told
+
+
+def test_a_file_for_another_cpu_is_said_to_be_measured_wrongly(pretend):
+    pretend(*SATURATING)
+    assert "made for cpu-vnni: on this CPU" in (foreign({"cpu-vnni"}) or "")
+    assert foreign({"cpu-avx2"}) is None and foreign(set()) is None
