@@ -21,7 +21,7 @@ from onnxq.model import Model, load
 from onnxq.passes import Equalize, SelectNodes
 from onnxq.passes.recover_terms import TermReader
 from onnxq.passes.search_scales import Progress, match_plan, no_progress
-from onnxq.passes.truncate_terms import TruncateTerms, term_counts
+from onnxq.passes.truncate_terms import TruncateTerms, kept_terms, term_counts
 from onnxq.pipeline import apply, canonicalize, rewrite
 from onnxq.plan import NodePlan, Plan
 from onnxq.report import with_size
@@ -80,7 +80,8 @@ def truncate(
     Args:
         model: path, or a model in memory (which is not changed), written by onnxq.
         output: where to write; None keeps the result in memory.
-        terms: how many terms to keep, 1 or more; nodes with fewer stay as they are.
+        terms: how many terms to keep, 1 or more; nodes with fewer stay as they are. A first term
+            of the centre tap is not counted, as it is not where terms are asked for.
         data: samples to compare both models on, an .npz or a mapping input name -> array.
         input_shapes: shapes of the made-up inputs used without data.
 
@@ -98,11 +99,11 @@ def truncate(
     check = Validation(reference_of(model), data, input_shapes or {})
     apply(TruncateTerms(terms, None if embedded is None else embedded.plan), source)
     if embedded is not None:
-        nodes = [_with_terms(node, min(node.terms, terms)) for node in embedded.plan.nodes]
-        cut = embedded.plan.model_copy(update={"nodes": nodes})
-        write_embedded(source, replace(embedded, plan=cut))
+        write_embedded(source, _truncated(source, embedded, terms))
     after = write_checked(source, output, check)
-    warnings = [] if before != term_counts(source) else [_nothing(terms, "more", "dropped")]
+    warnings = [] if embedded is None else _centres(embedded.plan, terms)
+    if before == term_counts(source):
+        warnings.insert(0, _nothing(terms, "more", "dropped", centres=bool(warnings)))
     sizes = size_of(model), after
     report = _report(terms, before, source, check, sizes=sizes, warnings=warnings)
     return TermsResult(report, None if output is None else Path(output), source)
@@ -180,6 +181,36 @@ def _expanded(model: Model) -> dict[str, int]:
     return counts
 
 
+def _truncated(model: Model, embedded: EmbeddedPlan, terms: int) -> EmbeddedPlan:
+    """What a file says of its making once its nodes have fewer terms."""
+    nodes = [
+        _with_terms(node, min(node.terms, kept_terms(node, terms))) for node in embedded.plan.nodes
+    ]
+    reader = TermReader(model)
+    # a first term covers all channels
+    whole = {
+        node.name
+        for node in nodes
+        if node.name in embedded.partial
+        and node.terms == 1
+        and not node.offset
+        and reader.has_scales(node)
+    }
+    plan = embedded.plan.model_copy(update={"nodes": nodes})
+    return replace(embedded, plan=plan, partial=embedded.partial - whole)
+
+
+def _centres(plan: Plan, terms: int) -> list[str]:
+    """Says of which nodes a term more is kept than was asked for."""
+    found = [node.name for node in plan.nodes if node.centre and node.terms > terms]
+    if not found:
+        return []
+    return [
+        f"{len(found)} nodes keep {terms + 1} terms (first: {found[0]!r}): one holds the centre "
+        "tap of the kernel alone, and is of no use without the next"
+    ]
+
+
 def _extendable(model: Model) -> EmbeddedPlan:
     embedded = embedded_plan(model)
     if embedded is None:
@@ -189,8 +220,8 @@ def _extendable(model: Model) -> EmbeddedPlan:
         )
     if embedded.partial:
         raise ConfigError(
-            f"node {min(embedded.partial)!r} has terms of some channels or taps only, or an "
-            "offset, and takes no further terms: quantize the float model again, with as many "
+            f"node {min(embedded.partial)!r} was made with terms of some channels or taps only, or "
+            "an offset, and takes no further terms: quantize the float model again, with as many "
             "--terms as are wanted"
         )
     return embedded
@@ -242,8 +273,9 @@ def _with_terms(entry: NodePlan, terms: int, **more: Any) -> NodePlan:
     return entry.model_copy(update={"terms": terms, **more})
 
 
-def _nothing(terms: int, than: str, done: str) -> str:
-    return f"no node has {than} than {terms} terms: nothing was {done}"
+def _nothing(terms: int, than: str, done: str, *, centres: bool = False) -> str:
+    besides = " besides that of a centre tap" if centres else ""
+    return f"no node has {than} than {terms} terms{besides}: nothing was {done}"
 
 
 def _lost_corrections(embedded: EmbeddedPlan, terms: int) -> list[str]:

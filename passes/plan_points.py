@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from onnxq.errors import ConfigError
 from onnxq.kernels_ref import InputMoments
-from onnxq.kernels_ref.multipoint import point_errors, points_for_budget, points_for_tolerance
+from onnxq.kernels_ref.multipoint import point_errors, points_for_tolerance
 from onnxq.model import Model
 from onnxq.passes.node_rows import NodeRows
 from onnxq.passes.observation import Observe
 from onnxq.passes.search_scales import Progress, match_plan, no_progress, node_coverage
+from onnxq.passes.share_budget import share_budget
 from onnxq.passes.stored_terms import stored_bits
 from onnxq.passes.weights import Candidate, Weight
 from onnxq.passes.whole_terms import compact_indices
@@ -106,7 +107,7 @@ class PlanPoints:
         if self.tolerance is not None:
             return [points_for_tolerance(found, self.tolerance) for found in errors]
         costs = [point_bytes(weight, entry) for entry, (_, weight) in sites]
-        return list(points_for_budget(errors, costs, float(self.budget or 0), self.setup))
+        return share_budget(errors, costs, float(self.budget or 0), self.setup)
 
     def _errors(self, sites: list[_Site], plan: Plan) -> Iterator[tuple[NodePlan, Array]]:
         """The errors [out, terms] of each node."""

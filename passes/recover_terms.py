@@ -27,7 +27,10 @@ from onnxq.plan import NodePlan
 Array = npt.NDArray[Any]
 
 # As stored_terms.py names them; a number follows where the name was taken.
-_STORED = re.compile(rf".*/term(\d+)/(q|scale|scale/{POWER})(_\d+)?")
+_STORED = re.compile(rf".*/term(\d+)/(q|rows|scale|scale/{POWER})(_\d+)?")
+# As partial_products.py and stacked_terms.py name, after the node, where a term's outputs belong.
+_COLUMNS = re.compile(r".*/term(\d+)(x\d+)?/places(_\d+)?")
+_STACKED = re.compile(r".*/stacked/term(\d+)/channels/index(_\d+)?")
 # The input that holds a weight of a recurrent node, by the end of the name in the plan.
 _SLOTS = {"W": (1,), "R": (2,)}
 
@@ -102,14 +105,40 @@ class TermReader:
             raise _changed(entry, f"term {missing[0]} is not there")
         return [StoredIntegers(entry, found[i, "q"]) for i in range(entry.terms)]
 
+    def has_scales(self, entry: NodePlan) -> bool:
+        """Whether scales are stored by term; those of outputs that are stacked are not."""
+        return any(what == "scale" for _, what in self._constants(entry, _slots(entry)))
+
+    def rows(self, entry: NodePlan) -> list[Array | None]:
+        """The output channels that each term covers, int [n]; None where it covers all."""
+        found = self._constants(entry, _slots(entry))
+        some = {
+            i: values(each.tensor).reshape(-1)
+            for (i, what), each in found.items()
+            if what == "rows"
+        }
+        for node in self.basis.get(entry.name, []):
+            some |= _spread_outputs(node)
+        return [some.get(i) for i in range(entry.terms)]
+
+    def reading(self, entry: NodePlan) -> tuple[gs.Node, int]:
+        """A node that reads terms of the weight, and by which input.
+
+        Raises:
+            ModelError: there is none.
+        """
+        for node in self.basis.get(_node_name(entry), []):
+            for slot in _slots(entry):
+                if slot < len(node.inputs) and _before(node.inputs[slot]):
+                    return node, slot
+        raise _changed(entry, "no node reads its weight")
+
     def _constants(
         self, entry: NodePlan, slots: tuple[int, ...]
     ) -> dict[tuple[int, str], _Constant]:
         """By term and kind; of the first of these inputs that are computed from constants."""
-        recurrent = entry.op_type in RECURRENT
-        name = entry.name.rpartition("/")[0] if recurrent else entry.name
         found: dict[tuple[int, str], _Constant] = {}
-        for node in self.basis.get(name, []):
+        for node in self.basis.get(_node_name(entry), []):
             behind = (_before(node.inputs[slot]) for slot in slots if slot < len(node.inputs))
             for constant in (*next(filter(None, behind), ()), *_rescaling(node)):
                 match = _STORED.fullmatch(constant.tensor.name)
@@ -147,12 +176,35 @@ class StoredIntegers:
             array = read_bits(array, self.entry.bits)
         return (array.astype(np.int16) - self._offset).astype(np.int8)
 
+    def places(self, cells: Array, rows: Array | None) -> Array:
+        """Where they are in a term that covers all rows, int64 [n], in the order of `read`.
+
+        Args:
+            cells: as `round_terms.py has them.
+            rows: as `TermReader.rows` does.
+
+        Raises:
+            ModelError: there are not as many as the rows have.
+        """
+        if rows is None:
+            places = np.sort(cells, axis=None)
+        else:
+            if rows.size and rows.max() >= len(cells):
+                raise _changed(self.entry, f"{self.tensor.name!r} is of other rows")
+            places = cells[rows].reshape(-1)
+        _check_count(self.entry, self.tensor, self.read().size, places.size)
+        return places
+
     def write(self, integers: Array) -> Any:
         """A constant of the same name and form that holds others."""
         array = integers.astype(np.int16) + self._offset
         if self._packed:  # what fills the last bytes up may have become anything
             array = pack_bits(array.clip(0, (1 << self.entry.bits) - 1), self.entry.bits)
         return refilled(self.tensor, array)
+
+
+def _node_name(entry: NodePlan) -> str:
+    return entry.name.rpartition("/")[0] if entry.op_type in RECURRENT else entry.name
 
 
 def _slots(entry: NodePlan) -> tuple[int, ...]:
@@ -197,20 +249,57 @@ def _rescaling(node: gs.Node) -> Iterator[_Constant]:
                     yield from (_Constant(t, None) for t in factors if is_constant(t))
 
 
+def _spread_outputs(node: gs.Node) -> dict[int, Array]:
+    """The channels to which outputs of a node are brought that computes some of a term alone."""
+    found: dict[int, Array] = {}
+    waiting = list(node.outputs)
+    while waiting:
+        for reader in consumers(waiting.pop()):
+            if NODE in get_metadata(reader):
+                continue
+            if reader.op in ("Cast", "Mul", "DequantizeLinear"):
+                waiting += reader.outputs
+            elif reader.op == "Gather":
+                index = reader.inputs[1]
+                if match := _STACKED.fullmatch(index.name):
+                    found[int(match[1])] = _stacked_rows(values(index))
+            elif reader.op == "MatMul":
+                for tensor in (t for spread in reader.inputs[1].inputs for t in spread.inputs):
+                    if match := _COLUMNS.fullmatch(tensor.name):
+                        found[int(match[1])] = values(tensor)
+    return found
+
+
+def _stacked_rows(index: Array) -> Array:
+    """The channels that do not read the output of zeros, the last of its group, as most do."""
+    outputs, counts = np.unique(index, return_counts=True)
+    return np.flatnonzero(index != outputs[counts == counts.max()][-1])
+
+
 def _integers(entry: NodePlan, weight: Weight, stored: _Constant) -> Array:
     """The stored integers of one term as a matrix [out, in]; undoes what stored_terms.py does."""
     inputs = weight.size // weight.out
     block = None if entry.form == "nbits" or not entry.block_size else min(entry.block_size, inputs)
-    padded = inputs if block is None else -(-inputs // block) * block
+    padded = inputs if block is None else padded_row(entry, inputs)
     count = weight.out * padded
     q = StoredIntegers(entry, stored).read().reshape(-1)
-    if not 0 <= q.size - count <= (most_padding(entry.bits) if entry.bits < 8 else 0):
-        raise _changed(entry, f"{stored.tensor.name!r} has {q.size} integers")
+    _check_count(entry, stored.tensor, q.size, count)
     q = q[:count]
     if block is not None:
         return np.ascontiguousarray(q.reshape(weight.out, padded)[:, :inputs])
     turned = q.reshape(weight.split).transpose(weight.order)
     return np.ascontiguousarray(turned.reshape(weight.out, inputs))
+
+
+def padded_row(entry: NodePlan, inputs: int) -> int:
+    """Integers of a row that is padded up to whole blocks; of one shorter than a block, none."""
+    block = min(entry.block_size or 1, inputs)
+    return -(-inputs // block) * block
+
+
+def _check_count(entry: NodePlan, tensor: Any, found: int, wanted: int) -> None:
+    if not 0 <= found - wanted <= (most_padding(entry.bits) if entry.bits < 8 else 0):
+        raise _changed(entry, f"{tensor.name!r} has {found} integers")
 
 
 def _scale(

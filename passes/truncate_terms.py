@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_graphsurgeon as gs
 
 from onnxq.errors import ModelError
-from onnxq.kernels_ref.round_digits import round_digits
 from onnxq.model import Model, get_metadata, graphs, set_metadata
 from onnxq.passes.base import PassResult
 from onnxq.passes.edit import consumers, is_graph_output, remove_node, replace_input
-from onnxq.passes.recover_terms import TermReader
+from onnxq.passes.round_terms import round_terms
 from onnxq.passes.stored_terms import ADDED_TERM
 from onnxq.passes.term_sums import NODE, TERM
-from onnxq.plan import Plan
+from onnxq.plan import NodePlan, Plan
 
 _Terms = frozenset[int]
 
@@ -29,8 +28,9 @@ class TruncateTerms:
     Result:  with terms=1: conv1/term0 alone, which writes what conv1/sum wrote; W/term0 -> conv1
 
     What the dropped terms alone have needed goes with them: nodes, integers and scales. Terms that
-    are digits of one number are rounded to it; all others stay bit for bit. Which are digits the
-    plan says, without which none are rounded.
+    are digits of one number are rounded to it; all others stay bit for bit. A first term that holds
+    the centre tap alone is not counted: it stays beside the first terms that hold the whole kernel.
+    Which terms are digits, or of the centre, the plan says, without which none are.
     """
 
     terms: int
@@ -44,11 +44,14 @@ class TruncateTerms:
                 the plan speaks of.
         """
         before = term_counts(model)
-        found = [_Graph(model, graph, self.terms) for _, graph in graphs(model)]
+        keep = dict.fromkeys(before, self.terms)
+        if self.plan is not None:
+            keep |= {entry.name: kept_terms(entry, self.terms) for entry in self.plan.quantized}
+        found = [_Graph(model, graph, keep) for _, graph in graphs(model)]
         for each in found:
             each.check()
         if self.plan is not None:
-            _round_digits(model, self.plan, self.terms)
+            round_terms(model, self.plan, keep)
         # what a body merges may be stored in the graph around it: cut all, then sweep
         for each in found:
             each.cut()
@@ -58,23 +61,9 @@ class TruncateTerms:
         return PassResult(tuple(name for name in before if after.get(name) != before[name]))
 
 
-def _round_digits(model: Model, plan: Plan, keep: int) -> None:
-    reader = TermReader(model)
-    done: set[int] = set()  # last digits, which stay as they are: weights may be shared
-    for entry in plan.quantized:
-        if entry.series != "digit" or entry.terms <= keep:
-            continue
-        stored = reader.integers(entry)
-        if id(stored[-1].tensor) in done:
-            continue
-        done.add(id(stored[-1].tensor))
-        if len({term.tensor.shape for term in stored}) > 1:
-            continue  # the others cover some channels only: most weights have nothing to round
-        rounded = round_digits([term.read() for term in stored], entry.bits, keep)
-        for term, digits in zip(stored, rounded, strict=False):
-            made = term.write(digits)
-            for node in consumers(term.tensor):
-                replace_input(node, term.tensor, made)
+def kept_terms(entry: NodePlan, terms: int) -> int:
+    """How many terms a node keeps, at most, where `terms` are to be kept."""
+    return terms + int(entry.centre)
 
 
 def term_counts(model: Model) -> dict[str, int]:
@@ -101,9 +90,10 @@ class _Graph:
 
     model: Model
     graph: gs.Graph
-    terms: int
+    keep: Mapping[str, int]  # by the original node's name
     addends: dict[tuple[int, int], _Terms] = field(default_factory=dict)  # of (sum, tensor)
     merged: dict[int, _Terms] = field(default_factory=dict)  # terms that Adds bring to a node
+    added: dict[int, int] = field(default_factory=dict)  # of such an Add: how many terms are kept
     summed: set[int] = field(default_factory=set)  # nodes that a sum reads
     dropped: list[Any] = field(default_factory=list)
 
@@ -115,6 +105,9 @@ class _Graph:
                 self._follow_merged(node, int(metadata[ADDED_TERM]))
             elif metadata.get(NODE) in summed:
                 self._follow(node, metadata)
+
+    def _kept(self, metadata: Mapping[str, str]) -> int:
+        return self.keep.get(metadata.get(NODE, ""), 0)
 
     def _follow(self, node: gs.Node, metadata: dict[str, str]) -> None:
         """Write down the terms behind what the next sums of this original node read."""
@@ -131,14 +124,16 @@ class _Graph:
 
     def _follow_merged(self, node: gs.Node, term: int) -> None:
         for _, reader in _behind(node):
-            if terms_of(get_metadata(reader)):
+            metadata = get_metadata(reader)
+            if terms_of(metadata):
+                self.added[id(node)] = max(self.added.get(id(node), 0), self._kept(metadata))
                 self.merged[id(reader)] = self.merged.get(id(reader), _Terms()) | {term}
 
     def check(self) -> None:
         """Find the Add of every term that has to go, before anything is changed."""
         for node in self.graph.nodes:
             terms = terms_of(get_metadata(node))
-            high = {term for term in terms if term >= self.terms}
+            high = {term for term in terms if term >= self._kept(get_metadata(node))}
             whole = high == terms and id(node) in self.summed
             if not whole and not high <= self.merged.get(id(node), _Terms()):
                 raise ModelError(
@@ -152,19 +147,21 @@ class _Graph:
         for node in list(self.graph.nodes):
             metadata = get_metadata(node)
             if ADDED_TERM in metadata:
-                if int(metadata[ADDED_TERM]) >= self.terms:
+                if int(metadata[ADDED_TERM]) >= self.added.get(id(node), 0):
                     self._keep(node, [node.inputs[0]])
             elif _is_sum(node):
                 self._cut_sum(node)
             elif terms := terms_of(metadata):
-                kept = sorted(term for term in terms if term < self.terms)
+                kept = sorted(term for term in terms if term < self._kept(metadata))
                 if kept and len(kept) < len(terms):
                     set_metadata(node, {TERM: "+".join(map(str, kept))})
 
     def _cut_sum(self, node: gs.Node) -> None:
+        most = self._kept(get_metadata(node))
+
         def stays(tensor: Any) -> bool:
             terms = self.addends.get((id(node), id(tensor)))
-            return terms is None or min(terms) < self.terms
+            return terms is None or min(terms) < most
 
         kept = [tensor for tensor in node.inputs if stays(tensor)]
         if kept and len(kept) < len(node.inputs):

@@ -12,7 +12,10 @@ from small import feeds, model, run, weights
 
 import onnxq
 from onnxq.errors import ConfigError
+from onnxq.model import load
 from onnxq.options import Options
+from onnxq.passes.plan_points import PlanPoints
+from onnxq.pipeline import canonicalize
 from onnxq.points import PointsGoal
 from onnxq.progressive import truncate
 
@@ -74,6 +77,12 @@ class TestGoal:
     @pytest.mark.parametrize("text", ["", "much", "-3%", "5pt", "0KB", "x"])
     def test_is_refused(self, text: str) -> None:
         with pytest.raises(ConfigError, match=r"--points .*15%, or the bytes .* 40KB or 0\.02x"):
+            PointsGoal.parse(text)
+
+    @pytest.mark.parametrize("text", ["15", " 15 ", "0.5", "40000"])
+    def test_a_number_without_a_unit(self, text: str) -> None:
+        bare = text.strip()
+        with pytest.raises(ConfigError, match=f"--points {bare}: .* give {bare}% .* {bare}KB"):
             PointsGoal.parse(text)
 
     @pytest.mark.parametrize("text", ["0%", "100%"])
@@ -182,6 +191,56 @@ def test_a_budget_is_kept_by_the_file(form: dict[str, str]) -> None:
         # static compute is counted as float compute, and biases come with calibration
         assert some.report.size_after - one <= allowed + 600 * calibrated
         assert any(node.terms > 1 for node in some.plan.quantized) == (allowed > 2000)
+
+
+def fallen(result: onnxq.Result) -> float:
+    """By how much the errors of all channels fall, relative to their outputs."""
+    found = 0.0
+    float_model = load(net())
+    canonicalize(float_model)
+    plan = result.plan
+    full = plan.model_copy(
+        update={"nodes": [n.model_copy(update={"terms": 4}) for n in plan.nodes]}
+    )
+    for name, errors in PlanPoints(budget=0).errors(float_model, full).items():
+        points = plan.points.get(name, np.full(len(errors), plan[name].terms))
+        found += (errors[:, 0] - errors[np.arange(len(errors)), points - 1]).sum()
+    return float(found)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_more_terms_allowed_bring_no_less(bits: int) -> None:
+    """Within the same budget, which the files keep."""
+    options = {"activations": "none", "weight_bits": bits, "series": "digit"}
+    one = made(terms=1, **options).report.size_after
+    for allowed in (2000, 3000):
+        found = [made(points=f"{allowed}B", terms=terms, **options) for terms in (2, 3, 4)]
+        assert max(result.report.size_after for result in found) - one <= allowed
+        gains = [fallen(result) for result in found]
+        assert gains == sorted(gains) and gains[0] > 0
+
+
+def test_layers_that_are_alike_do_not_all_go_without() -> None:
+    """All are worth their nodes at the same price, at which they are too many."""
+    graph = "".join(f"[n{i}] t{i + 1} = Conv <pads = [1,1,1,1]> (t{i}, w{i})\n" for i in range(6))
+    proto = model(
+        f"g (float[1,12,6,6] t0) => (float[1,12,6,6] t6) {{ {graph} }}",
+        {f"w{i}": weights(12, 12, 3, 3, seed=i) for i in range(6)},
+    )
+    options = {"activations": "none", "weight_bits": 2, "priors": False, "offset": "off"}
+    one = onnxq.quantize(proto, terms=1, **options).report.size_after
+    for terms in (2, 3):
+        some = onnxq.quantize(proto, terms=terms, points="3KB", **options)
+        assert any(node.terms > 1 for node in some.plan.quantized)
+        assert some.report.size_after - one <= 3000
+
+
+def test_a_budget_that_buys_nothing_is_said() -> None:
+    (line,) = (s for s in made(points="100B", activations="none").report.planning if "points" in s)
+    assert line.startswith(f"points: 0 of {CHANNELS} channels")
+    assert line.endswith("; 100B buys none that brings anything: give more")
+    some = made(points="4KB", activations="none").report.planning
+    assert not any("buys" in line for line in some)
 
 
 def test_samples_decide() -> None:

@@ -344,7 +344,7 @@ class TestRefusals:
         if what == "points":
             plan.points["conv"] = np.ones(16, np.int8)
         embed_plan(loaded, plan)
-        with refused(ConfigError, "node 'conv' has terms of some channels or taps only, or an off"):
+        with refused(ConfigError, "node 'conv' was made with terms of some channels or taps only"):
             extend(to_proto(loaded), NET, None, 3)
 
 
