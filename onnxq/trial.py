@@ -95,7 +95,8 @@ class Trial:
         Expand(done)(model)
         if any(node.activations == "static" for node in done.quantized):
             InsertQDQ(done)(model)
-        embed_plan(model, done)
+        if done.quantized:
+            embed_plan(model, done)
         return self._written(model, "tried.onnx")
 
     def __call__(self, plan: Plan) -> tuple[Measured, int]:
