@@ -142,7 +142,9 @@ def unpack_bits(
     counts = (code.weighing().reshape(len(code.integers), -1) + _ZERO).astype(np.uint8)
     weighing = builder.shared(f"onnxq/unpack{bits}", counts)
     zero = builder.scalar(np.uint8(_ZERO))
-    found = builder.add("MatMulInteger", f"{base}/integers", [weighing, bits_of, zero])
+    operands = [weighing, bits_of, zero]
+    # Marked, so that it is not taken for a product of the model.
+    found = builder.add("MatMulInteger", f"{base}/integers", operands, metadata={})
     count = int(np.prod(shape))
     if count % len(code.integers):
         found = _unpadded(builder, found, count, base)

@@ -212,7 +212,8 @@ def default_series(terms: int) -> SeriesKind:
 
 
 def _already(node: gs.Node) -> str | None:
-    if "onnxq.term" in get_metadata(node):
+    metadata = get_metadata(node)
+    if "onnxq.term" in metadata or metadata.get("onnxq.pass") == "expand":
         return "already quantized by onnxq"
     return None
 

@@ -98,6 +98,15 @@ def test_as_many_bits_in_the_file(bits):
     assert made.report.weight_bits == pytest.approx(bits, abs=1.2)  # scales; v is too small
 
 
+@pytest.mark.parametrize("compute", ["none", "dynamic"])
+def test_what_unpacks_is_no_candidate(compute):
+    made = quantized(source(), 6, compute).model
+    assert "MatMulInteger" in {node.op_type for node in made.graph.node}
+    found = onnxq.inspect(made)
+    assert found.candidates == ()
+    assert [node.name for node in found.quantized] == ["conv", "fc"]
+
+
 @pytest.mark.parametrize("bits", [2, 3])
 def test_small_weights_are_not_packed(bits):
     proto = model(
