@@ -197,19 +197,13 @@ class _Search:
 
     def _bytes(self, trial: Trial, made: Plan) -> int:
         """Of the file; each plan is written once."""
-        key = tuple(tuple(points) for points in self._points(made))
+        key = tuple(tuple(points) for points in _points(made, self.errors))
         if key not in self.written:
             self.written[key] = trial.size(_written(made))
         return self.written[key]
 
     def _gain(self, plan: Plan) -> Gain:
-        return gained(list(self.errors.values()), self._points(plan))
-
-    def _points(self, plan: Plan) -> list[Array]:
-        return [
-            plan.points.get(name, np.full(len(found), plan[name].terms))
-            for name, found in self.errors.items()
-        ]
+        return gained(list(self.errors.values()), _points(plan, self.errors))
 
 
 def _written(plan: Plan) -> Plan:
@@ -222,16 +216,18 @@ def _written(plan: Plan) -> Plan:
     return plan.model_copy(update={"nodes": nodes, "scales": {}, "offsets": {}})
 
 
+def _points(plan: Plan, errors: Mapping[str, Array]) -> list[Array]:
+    """The terms of each channel, [out], of the nodes that errors are known of."""
+    entries = {entry.name: entry for entry in plan.quantized}
+    return [
+        plan.points.get(name, np.full(len(found), entries[name].terms))
+        for name, found in errors.items()
+    ]
+
+
 def _said(plan: Plan, errors: Mapping[str, Array]) -> str:
     """How many of the channels that were looked at got how many terms."""
-    entries = {entry.name: entry for entry in plan.quantized}
-    points = np.concatenate(
-        [
-            plan.points.get(name, np.full(len(found), entries[name].terms))
-            for name, found in errors.items()
-        ]
-        or [np.ones(0, int)]
-    )
+    points = np.concatenate(_points(plan, errors) or [np.ones(0, int)])
     counts = [int((points > i).sum()) for i in range(1, int(points.max(initial=2)))]
     share = 100 * counts[0] / max(len(points), 1)
     more = "".join(

@@ -115,7 +115,7 @@ def read_bits(packed: Array, bits: int) -> Array:
 
 
 def most_padding(bits: int) -> int:
-    """How many integers too many there may be."""
+    """How many integers too many there may be; of 8 bits none."""
     return len(_code(bits).integers) - 1
 
 

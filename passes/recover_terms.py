@@ -298,7 +298,7 @@ def padded_row(entry: NodePlan, inputs: int) -> int:
 
 
 def _check_count(entry: NodePlan, tensor: Any, found: int, wanted: int) -> None:
-    if not 0 <= found - wanted <= (most_padding(entry.bits) if entry.bits < 8 else 0):
+    if not 0 <= found - wanted <= most_padding(entry.bits):
         raise _changed(entry, f"{tensor.name!r} has {found} integers")
 
 

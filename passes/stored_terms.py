@@ -39,8 +39,13 @@ PACKING_BYTES = 800
 def stored_bits(entry: NodePlan, count: int) -> int:
     """Bits that one value of a term takes in the file, of so many values."""
     if entry.form == "nbits":
-        return PACKED_BITS if entry.bits <= PACKED_BITS else 8
+        return _plain(entry.bits)
     return _width(entry.bits, count, entry.packing)
+
+
+def _plain(bits: int) -> int:
+    """Bits of the narrowest of ONNX's own types that holds them."""
+    return PACKED_BITS if bits <= PACKED_BITS else 8
 
 
 def _width(bits: int, count: int, packing: Packing) -> int:
@@ -49,7 +54,7 @@ def _width(bits: int, count: int, packing: Packing) -> int:
         return 8
     if packing == "uint8" and bits <= PACKED_BITS:
         return bits
-    plain = PACKED_BITS if bits <= PACKED_BITS else 8
+    plain = _plain(bits)
     return bits if (plain - bits) * count > 8 * PACKING_BYTES else plain
 
 

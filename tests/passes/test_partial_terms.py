@@ -7,7 +7,7 @@ import onnx
 import pytest
 from expanding import basis_nodes, expand, initializers, optimized, with_outputs
 from onnx import TensorProto, numpy_helper
-from partial_plans import OUT, SOME, oracle, planned, rows_of
+from partial_plans import OUT, SOME, as_weight, oracle, planned, rows_of, used_weights
 from small import feeds, model, ops, run, weights
 
 from onnxq.errors import ConfigError
@@ -56,22 +56,6 @@ POINTS = {
     "all": np.full(OUT, 3, np.int8),
     "without the middle": np.where(SOME > 1, 3, 1).astype(np.int8),
 }
-
-
-def as_weight(proto: onnx.ModelProto, rows: np.ndarray) -> np.ndarray:
-    (op,) = proto.graph.node
-    shape = tuple(initializers(proto)["w"].dims)
-    if op.op_type == "MatMul":
-        return rows.T
-    if op.op_type == "ConvTranspose":
-        return rows.reshape(2, OUT // 2, 2, 3, 3).transpose(0, 2, 1, 3, 4).reshape(shape)
-    return rows.reshape(shape)
-
-
-def used_weights(proto: onnx.ModelProto, after: onnx.ModelProto) -> list[np.ndarray]:
-    found = [node.input[1] for node in basis_nodes(after, "op")]
-    values = with_outputs(after, found, feeds(proto))
-    return [values[name] for name in found]
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from expanding import basis_nodes, expand, initializers, with_outputs
-from partial_plans import OUT, SOME, oracle, planned
+from expanding import expand
+from partial_plans import OUT, SOME, as_weight, oracle, planned, used_weights
 from small import feeds, model, run, weights
 
 from onnxq.errors import ModelError
@@ -60,19 +60,7 @@ def truncated(proto: onnx.ModelProto, terms: int, plan: Plan | None) -> onnx.Mod
 
 def weight_of(proto: onnx.ModelProto, after: onnx.ModelProto) -> np.ndarray:
     """What all basis nodes of float compute multiply by, in the weight's own shape."""
-    read = [node.input[1] for node in basis_nodes(after, "op")]
-    found = with_outputs(after, read, feeds(proto))
-    return sum(found[name].astype(np.float64) for name in read)
-
-
-def as_weight(proto: onnx.ModelProto, rows: np.ndarray) -> np.ndarray:
-    (op,) = proto.graph.node
-    shape = tuple(initializers(proto)["w"].dims)
-    if op.op_type == "MatMul":
-        return rows.T
-    if op.op_type == "ConvTranspose":
-        return rows.reshape(2, OUT // 2, 2, 3, 3).transpose(0, 2, 1, 3, 4).reshape(shape)
-    return rows.reshape(shape)
+    return sum(weight.astype(np.float64) for weight in used_weights(proto, after))
 
 
 def rounded_rows(proto: onnx.ModelProto, plan: Plan, keep: int) -> np.ndarray:

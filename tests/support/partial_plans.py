@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from expanding import as_rows, initializers
+from expanding import as_rows, basis_nodes, initializers, with_outputs
 from onnx import numpy_helper
+from small import feeds
 
 from onnxq.kernels_ref import Series
 from onnxq.kernels_ref.partial import Coverage, realize_partial
@@ -59,3 +60,21 @@ def oracle(proto: onnx.ModelProto, plan: Plan) -> Series:
         bits=entry.bits,
         granularity=entry.matrix_granularity(),
     )
+
+
+def as_weight(proto: onnx.ModelProto, rows: np.ndarray) -> np.ndarray:
+    """Rows [out, in] as the weight `w` of the only node of a model holds them."""
+    (op,) = proto.graph.node
+    shape = tuple(initializers(proto)["w"].dims)
+    if op.op_type == "MatMul":
+        return rows.T
+    if op.op_type == "ConvTranspose":
+        return rows.reshape(2, OUT // 2, 2, 3, 3).transpose(0, 2, 1, 3, 4).reshape(shape)
+    return rows.reshape(shape)
+
+
+def used_weights(proto: onnx.ModelProto, after: onnx.ModelProto) -> list[np.ndarray]:
+    """What the basis nodes of `op` multiply by, in float compute."""
+    found = [node.input[1] for node in basis_nodes(after, "op")]
+    values = with_outputs(after, found, feeds(proto))
+    return [values[name] for name in found]
